@@ -1,0 +1,43 @@
+"""qft: quantized fine-tuning over any backend.
+
+>>> import qft
+>>> model = qft.quantize_and_wrap(model, "nf4")  # a peft.PeftModel, ready for any trainer
+"""
+
+from typing import Any
+
+from qft import errors, lora
+from qft.audit import Audit, audit
+from qft.errors import *  # noqa: F403
+from qft.inits import AdapterInit
+from qft.inits.loftq import LoftQ
+from qft.merging import MergeReport, merge, merge_to_float, unmerge
+from qft.packed import PackedLinear, TensorQuantizer
+from qft.pipeline import prepare_model_for_kbit_training, quantize, quantize_and_wrap, wrap
+from qft.quantizer import Capabilities, QuantizedWeight, Quantizer
+from qft.registry import (
+    QuantizerInfo,
+    available_quantizers,
+    capabilities,
+    get_quantizer,
+    register_quantizer,
+)
+from qft.saving import load, save
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Reference": "qft.backends.reference",
+    "BitsAndBytes4bit": "qft.backends.bnb",
+    "BitsAndBytes8bit": "qft.backends.bnb",
+    "testing": "qft.testing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _LAZY:
+        raise AttributeError(f"module 'qft' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    return module if name == "testing" else getattr(module, name)

@@ -1,0 +1,1 @@
+"""One file a backend; each is imported when its name is asked for."""

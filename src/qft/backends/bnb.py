@@ -1,0 +1,359 @@
+"""bitsandbytes: NF4 and FP4 (`Linear4bit`), and LLM.int8() (`Linear8bitLt`)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qft.errors import BadOption, QftWarning
+from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, as_dtype, float_weight, is_conv1d
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DEVICES = frozenset({"cpu", "cuda", "xpu"})
+
+
+class _BitsAndBytes(Quantizer):
+    """What both formats share: where the float layer's class, dtype and bias are kept."""
+
+    requires: ClassVar[tuple[str, ...]] = ("bitsandbytes>=0.49",)
+
+    def weights(self, module: nn.Module) -> Sequence[QuantizedWeight]:
+        if not self.owns(module) or not self._is_quantized(module):
+            return ()
+        # transformers notes the class of the float layer in source_cls, and so do we
+        conv1d = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
+        shape = (module.out_features, module.in_features)
+        kind = "conv1d" if conv1d else "linear"
+        return (QuantizedWeight(module, "weight", shape, kind, conv1d, self._dtype(module), module.bias),)
+
+    @staticmethod
+    def _is_quantized(module: nn.Module) -> bool:
+        raise NotImplementedError
+
+    @staticmethod
+    def _dtype(module: nn.Module) -> torch.dtype:
+        raise NotImplementedError
+
+    @staticmethod
+    def _shell(cls: type, source: nn.Module, shape: tuple[int, int], **options: Any) -> nn.Module:
+        """An empty bitsandbytes layer for `source`, with its bias and without a float weight being drawn."""
+        out_features, in_features = shape
+        layer = cls(in_features, out_features, bias=False, device="meta", **options)
+        layer.bias = source.bias
+        layer.source_cls = type(source)
+        layer._is_hf_initialized = True
+        return layer
+
+
+@dataclass(frozen=True)
+class BitsAndBytes4bit(_BitsAndBytes):
+    """NF4 or FP4 over blocks of the flattened weight (QLoRA, arXiv 2305.14314), in bitsandbytes' `Linear4bit`.
+
+    Args:
+        quant_type: "nf4" or "fp4".
+        double_quant: block constants in 8 bits (0.37 bits a weight less).
+        block_size: weights that share a constant: a power of two from 32 to 4096.
+        compute_dtype: of the vendor's own forward; None follows the input.
+        quant_storage: dtype that the codes are kept as; a float one lets FSDP shard them with other weights.
+    """
+
+    name: ClassVar[str] = "bitsandbytes_4bit"
+    layer_types: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear4bit",)
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = False
+    block_size: int = 64
+    compute_dtype: torch.dtype | None = None
+    quant_storage: torch.dtype = torch.uint8
+
+    def __post_init__(self):
+        if self.quant_type not in ("nf4", "fp4"):
+            raise BadOption(f"bitsandbytes: quant_type={self.quant_type!r}; it is nf4 or fp4")
+        if self.block_size not in BLOCK_SIZES:
+            raise BadOption(f"bitsandbytes: block_size={self.block_size}; it is one of {BLOCK_SIZES}")
+        for field in ("compute_dtype", "quant_storage"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, as_dtype(getattr(self, field)))
+        if self.compute_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise BadOption(f"bitsandbytes: compute_dtype={self.compute_dtype}; it is a 16- or 32-bit float")
+        if self.quant_storage not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32):
+            raise BadOption(f"bitsandbytes: quant_storage={self.quant_storage}; uint8, or a 16- or 32-bit float")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(bits=4, devices=DEVICES, requantize=True)
+
+    def on_device(self, device: torch.device) -> Quantizer:
+        return self if device.type in DEVICES else self.fallback(f"bitsandbytes has no kernels for {device.type!r}")
+
+    def fallback(self, why: str) -> Quantizer:
+        """The reference quantizer with the same codes, and a warning that says why."""
+        from qft.backends.reference import Reference
+
+        other = Reference(format=self.quant_type, group_size=self.block_size, double_quant=self.double_quant)
+        warnings.warn(f"{why}: using {other!r}, the same codes in pure PyTorch", QftWarning, stacklevel=4)
+        return other
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> BitsAndBytes4bit | None:
+        if not cls.owns(module) or not cls._is_quantized(module):
+            return None
+        state = _state(module)
+        return cls(
+            quant_type=state.quant_type,
+            double_quant=state.nested or getattr(state, "original_nested", False),
+            block_size=state.blocksize,
+            compute_dtype=module.compute_dtype if getattr(module, "compute_type_is_set", False) else None,
+            quant_storage=module.weight.dtype,
+        )
+
+    def adopt(self, module: nn.Module) -> None:
+        # On CPUs with AVX512-BF16, one forward in eval mode repacks the weight in a layout that dequantize_4bit,
+        # merge and save read as garbage.
+        module.support_avx512bf16_for_cpu = False
+        if getattr(_state(module), "packing_format_for_cpu", False):
+            _undo_cpu_packing(module)
+
+    def quantize_layer(self, module: nn.Module, *, statistics: Any = None) -> nn.Module:
+        import bitsandbytes as bnb
+
+        weight = float_weight(module)
+        data, state = self._quantize(weight)
+        layer = self._shell(
+            bnb.nn.Linear4bit,
+            module,
+            tuple(weight.shape),
+            compute_dtype=self.compute_dtype,
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+            quant_storage=self.quant_storage,
+        )
+        layer.support_avx512bf16_for_cpu = False
+        layer.weight = bnb.nn.Params4bit(
+            data,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=self.block_size,
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+            quant_storage=self.quant_storage,
+            module=layer,
+            bnb_quantized=True,
+        )
+        layer.quant_state = state
+        return layer
+
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, Any]:
+        from bitsandbytes.functional import quantize_4bit
+
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            weight = weight.float()
+        return quantize_4bit(
+            weight.contiguous(),
+            blocksize=self.block_size,
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+            quant_storage=self.quant_storage,
+        )
+
+    def dequantize(
+        self, weight: QuantizedWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        state = _state(weight.module)
+        data = weight.module.weight.data
+        dtype = out.dtype if out is not None else dtype or state.dtype
+        kernel = dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
+        absmax = state.absmax
+        if state.nested:
+            from bitsandbytes.functional import dequantize_blockwise
+
+            absmax = (dequantize_blockwise(absmax, state.state2) + state.offset).float()
+        op, args = torch.ops.bitsandbytes.dequantize_4bit, (state.blocksize, state.quant_type, state.shape)
+        if out is not None and out.is_contiguous() and out.dtype == kernel:
+            op.out(data, absmax, *args, kernel, out=out)
+            return out
+        value = op.default(data, absmax, *args, kernel)
+        return value.to(dtype) if out is None else out.copy_(value)
+
+    def requantize(self, weight: QuantizedWeight, value: Tensor) -> None:
+        old = _state(weight.module)
+        data, state = self._quantize(value.to(weight.module.weight.device))
+        state.dtype = old.dtype
+        self._set(weight.module, data, state)
+
+    def snapshot(self, weight: QuantizedWeight) -> Any:
+        state = copy.deepcopy(_state(weight.module))
+        state.to("cpu")
+        return weight.module.weight.data.to("cpu", copy=True), state
+
+    def restore(self, weight: QuantizedWeight, saved: Any) -> None:
+        data, state = saved
+        device = weight.module.weight.device
+        state = copy.deepcopy(state)
+        state.to(device)
+        self._set(weight.module, data.to(device, copy=True), state)
+
+    @staticmethod
+    def _set(module: nn.Module, data: Tensor, state: Any) -> None:
+        module.weight.data = data
+        module.weight.quant_state = module.quant_state = state
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        n = prod(shape)
+        blocks = -(-n // self.block_size)
+        constants = blocks + 4 * -(-blocks // 256) + 4 if self.double_quant else 4 * blocks
+        return -(-n // 2) + constants
+
+    def transformers_config(self, skipped: list[str]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=self.compute_dtype,
+            bnb_4bit_quant_storage=self.quant_storage,
+            llm_int8_skip_modules=skipped,
+        )
+
+    @staticmethod
+    def _is_quantized(module: nn.Module) -> bool:
+        return _state(module) is not None
+
+    @staticmethod
+    def _dtype(module: nn.Module) -> torch.dtype:
+        return _state(module).dtype
+
+
+@dataclass(frozen=True)
+class BitsAndBytes8bit(_BitsAndBytes):
+    """LLM.int8(): symmetric int8 per output channel (arXiv 2208.07339), in bitsandbytes' `Linear8bitLt`.
+
+    Args:
+        threshold: inputs above it are computed in float16 by the vendor's forward, which quantizes activations too;
+            `x @ dequantize().T`, which qft computes with, does not.
+    """
+
+    name: ClassVar[str] = "bitsandbytes_8bit"
+    layer_types: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear8bitLt",)
+
+    threshold: float = 6.0
+
+    def __post_init__(self):
+        if self.threshold < 0:
+            raise BadOption(f"bitsandbytes: threshold={self.threshold}; it is zero or positive")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(bits=8, devices=DEVICES, requantize=True, exact_forward=False)
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> BitsAndBytes8bit | None:
+        if not cls.owns(module) or not cls._is_quantized(module):
+            return None
+        return cls(threshold=module.state.threshold)
+
+    def quantize_layer(self, module: nn.Module, *, statistics: Any = None) -> nn.Module:
+        import bitsandbytes as bnb
+
+        weight = float_weight(module)
+        codes, scale = self._quantize(weight)
+        layer = self._shell(
+            bnb.nn.Linear8bitLt, module, tuple(weight.shape), has_fp16_weights=False, threshold=self.threshold
+        )
+        layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale)
+        layer.qft_dtype = weight.dtype
+        return layer
+
+    @staticmethod
+    def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        codes, scale, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        return codes, scale
+
+    def dequantize(
+        self, weight: QuantizedWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        codes, scale = _int8(weight.module)
+        value = codes * (scale.float() / 127)[:, None]
+        return value.to(dtype or weight.dtype) if out is None else out.copy_(value)
+
+    def requantize(self, weight: QuantizedWeight, value: Tensor) -> None:
+        self.restore(weight, self._quantize(value.to(weight.module.weight.device)))
+
+    def snapshot(self, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+        return tuple(t.to("cpu", copy=True) for t in _int8(weight.module))
+
+    def restore(self, weight: QuantizedWeight, saved: tuple[Tensor, Tensor]) -> None:
+        module = weight.module
+        codes, scale = (t.to(module.weight.device, copy=True) for t in saved)
+        module.weight.data = codes
+        # after its first forward the layer keeps codes and scales in its state
+        holder = module.state if module.state.CB is not None else module.weight
+        holder.CB, holder.SCB = module.weight.data, scale
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return prod(shape) + 4 * prod(shape[:-1])
+
+    def transformers_config(self, skipped: list[str]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=self.threshold, llm_int8_skip_modules=skipped
+        )
+
+    @staticmethod
+    def _is_quantized(module: nn.Module) -> bool:
+        return module.weight.dtype == torch.int8
+
+    @staticmethod
+    def _dtype(module: nn.Module) -> torch.dtype:
+        # the layer does not know its float dtype: noted when qft quantized or adopted it
+        if hasattr(module, "qft_dtype"):
+            return module.qft_dtype
+        return module.bias.dtype if module.bias is not None else torch.float16
+
+
+def _state(module: nn.Module) -> Any:
+    state = getattr(module.weight, "quant_state", None)
+    return state if state is not None else getattr(module, "quant_state", None)
+
+
+def _int8(module: nn.Module) -> tuple[Tensor, Tensor]:
+    scale = module.weight.SCB if getattr(module.weight, "SCB", None) is not None else module.state.SCB
+    return module.weight.data, scale.view(-1)
+
+
+def _undo_cpu_packing(module: nn.Module) -> None:
+    """Bring back the layout that everything but bitsandbytes' AVX512-BF16 kernel reads.
+
+    The kernel's layout: rows in blocks of 32; within one, the low nibbles of 32 bytes hold 32 codes and the high
+    nibbles the next 32, of (in/2, 32, 2) code pairs; block constants are transposed and rounded to bfloat16.
+    """
+    state = _state(module)
+    rows, columns = state.shape
+    packed = module.weight.data.view(torch.uint8).view(-1, 32)
+    codes = torch.cat([packed & 0xF, packed >> 4], dim=1)
+    codes = codes.view(rows // 32, columns // 2, 32, 2).transpose(1, 2).reshape(-1)
+    data = (codes[::2] << 4 | codes[1::2]).view(state.original_qshape)
+    storage = getattr(state, "original_storage_type", None)
+    module.weight.data = data.view(storage) if storage else data
+    state.absmax = state.absmax.T.contiguous().view(-1).float()
+    state.nested = False  # double-quantized constants were expanded, and stay so
+    state.dtype = state.original_dtype
+    state.packing_format_for_cpu = False
+    module.quant_state = module.weight.quant_state = state
+    warnings.warn(
+        "this bitsandbytes model ran a forward pass in eval mode before qft saw it, which rounded its block constants "
+        "to bfloat16; quantize it again, or load it without a forward pass, to have them exact",
+        QftWarning,
+        stacklevel=2,
+    )

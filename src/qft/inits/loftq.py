@@ -1,0 +1,77 @@
+"""LoftQ: start from the best low-rank fit of the quantization error (arXiv 2310.08659, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qft.errors import BadOption
+from qft.inits import AdapterInit
+
+
+@dataclass(frozen=True)
+class LoftQ(AdapterInit):
+    """LoftQ for any quantizer, any rank and any alpha.
+
+    Args:
+        steps: 1 fits the error of q(W) and leaves Ŵ as it is. More alternate: Ŵ = dq(q(W − L)), L = SVD_r(W − Ŵ),
+            and keep the best iterate in ‖W − Ŵ − L‖; that changes Ŵ, so that `qft.save` stores the base too.
+        bits: for the record of a PEFT `loftq_config`; one that is not the quantizer's is a `BadOption`.
+    """
+
+    name: ClassVar[str] = "loftq"
+
+    steps: int = 1
+    bits: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise BadOption(f"LoftQ: steps={self.steps!r}; it is 1 or more")
+
+    @property
+    def changes_base(self) -> bool:
+        return self.steps > 1
+
+    def __call__(
+        self,
+        weight: Tensor,
+        quantized: Tensor,
+        rank: int,
+        scaling: float,
+        *,
+        statistics: Any = None,
+        roundtrip: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        best, best_error, base = None, float("inf"), None
+        source = None
+        for step in range(self.steps):
+            if step:
+                source = weight - low_rank(b, a, scaling)
+                quantized = roundtrip(source)
+            a, b = fit(weight - quantized, rank, scaling)
+            error = float((weight - quantized - low_rank(b, a, scaling)).norm())
+            if error < best_error:
+                best, best_error, base = (a, b), error, source
+        return *best, base
+
+
+def low_rank(b: Tensor, a: Tensor, scaling: float) -> Tensor:
+    """`scaling * B @ A`."""
+    return (b @ a).mul_(scaling)
+
+
+def fit(error: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) with `scaling * B @ A` the best rank-`rank` fit of `error` in Frobenius norm.
+
+    U, S, V = SVD_r(error); B = U √S / √s, A = √S Vᵀ / √s. A negative scaling goes into B's sign.
+    """
+    if scaling == 0:
+        raise BadOption("lora_alpha is 0: the adapter could never do anything")
+    u, s, vh = torch.linalg.svd(error, full_matrices=False)
+    root = (s[:rank] / abs(scaling)).sqrt()
+    sign = 1.0 if scaling > 0 else -1.0
+    return root[:, None] * vh[:rank], u[:, :rank] * root * sign

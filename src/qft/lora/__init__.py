@@ -1,0 +1,1 @@
+"""LoRA over any quantized weight: one layer, one autograd linear, and PEFT's door to them."""

@@ -1,0 +1,316 @@
+"""The one LoRA layer: PEFT's `Linear`, computed and merged over `dequantize` and `requantize`.
+
+It stands over quantized layers of every backend, and over the float linears of a quantized model, so that merging
+and unmerging are the same everywhere. Parameters, names and saved files are PEFT's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from qft.backends.unquantized import Unquantized
+from qft.errors import NonFiniteWeights, UnsupportedOperation
+from qft.lora.autograd import Update, lora_linear
+from qft.packed import dequantizer
+from qft.quantizer import QuantizedWeight, Quantizer
+from qft.registry import quantizer_of
+
+
+@dataclass(frozen=True)
+class WeightMerge:
+    """What merging did to one weight.
+
+    Attributes:
+        survived: the share ⟨Δ′, Δ⟩ / ⟨Δ, Δ⟩ of the update Δ that the stored weight took over, Δ′ = Ŵ′ − Ŵ.
+        relative_error: ‖Ŵ′ − (Ŵ + Δ)‖ / ‖Ŵ + Δ‖.
+        update_norm: ‖Δ‖ / ‖Ŵ‖.
+    """
+
+    survived: float
+    relative_error: float
+    update_norm: float
+
+
+class QftLinear(Linear):
+    """LoRA over one weight of any `Quantizer`; see `peft.tuners.lora.layer.Linear` for the parameters."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.quantizer: Quantizer = quantizer_of(base_layer) or Unquantized()
+        self.native = bool(kwargs.pop("native", False))
+        self._view_base = False
+        self._saved: tuple[Any, Tensor | None] | None = None
+        self.last_merge: WeightMerge | None = None
+        # Conv1D's weight is kept as (out, in) here, whatever the config says of the float layer
+        if config.fan_in_fan_out:
+            config = copy.copy(config)
+            config.fan_in_fan_out = False
+        kwargs["is_target_conv_1d_layer"] = False
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.fan_in_fan_out = False
+
+    # ---- the weight --------------------------------------------------------------------------------------
+
+    @property
+    def handle(self) -> QuantizedWeight:
+        """The handle of the base weight, as it stands now."""
+        return self.quantizer.weights(self.base_layer)[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight as floats, shape and dtype of the float layer's."""
+        handle = self.handle
+        value = self.quantizer.dequantize(handle)
+        return value.T if handle.transposed else value
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        shape = self.handle.shape
+        return shape[1], shape[0]
+
+    def get_base_layer(self) -> nn.Module:
+        return _FloatView(self) if self._view_base else self.base_layer
+
+    @contextmanager
+    def _float_base(self) -> Iterator[None]:
+        """PEFT's variants ask the base layer for its `.weight`: show them one whose weight is float."""
+        self._view_base = True
+        try:
+            yield
+        finally:
+            self._view_base = False
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        if config.fan_in_fan_out:
+            config = copy.copy(config)
+            config.fan_in_fan_out = False
+        with self._float_base():
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        handle = self.handle
+        return _device(self.base_layer), handle.dtype
+
+    # ---- forward -----------------------------------------------------------------------------------------
+
+    def _base(self, x: Tensor, updates: list[Update] | None = None) -> Tensor:
+        if self.native:
+            return self.base_layer(x)
+        return lora_linear(x, dequantizer(self.quantizer, self.handle), self.base_layer.bias, updates or ())
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._base(x)
+        if self.merged:
+            return self._base(x)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names)
+        # the vendor's forward cannot take the updates in: they are added behind it
+        result, updates = self._base(x) if self.native else None, []
+        for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
+            if name in self.lora_variant:
+                result = self._base(x, updates) if result is None else result
+                result = self._variant(name, x, result)
+            elif result is None:
+                updates.append(self._update(name, x))
+            else:
+                result = result + self._plain(name, x).to(result.dtype)
+        return self._base(x, updates) if result is None else result
+
+    def _update(self, name: str, x: Tensor) -> Update:
+        dropout = self.lora_dropout[name]
+        active = not isinstance(dropout, nn.Identity) and self.training
+        dropped = dropout(x) if active else None
+        lora_b = self.lora_B[name]
+        return Update(self.lora_A[name].weight, lora_b.weight, float(self.scaling[name]), dropped, lora_b.bias)
+
+    def _plain(self, name: str, x: Tensor) -> Tensor:
+        a, b = self.lora_A[name], self.lora_B[name]
+        x = self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype))
+        return b(a(x)) * self.scaling[name]
+
+    def _variant(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        with self._float_base():
+            x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+            out = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=result)
+        return out.to(result.dtype)
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        result = self._base(x)
+        for name in dict.fromkeys(adapter_names):
+            if name == "__base__" or name not in self.lora_A:
+                continue
+            rows = [i for i, n in enumerate(adapter_names) if n == name]
+            result[rows] += self._plain(name, x[rows]).to(result.dtype)
+        return result
+
+    # ---- merging -----------------------------------------------------------------------------------------
+
+    def merged_weight(self, adapter_names: list[str], weight: Tensor) -> Tensor:
+        """Ŵ and the updates of these adapters in one float weight, (out_features, in_features).
+
+        Args:
+            adapter_names: merged in this order, which matters where one of them is DoRA.
+            weight: Ŵ in float32; left as it is.
+
+        Raises:
+            NonFiniteWeights: an adapter holds NaN or infinity.
+        """
+        value = weight.clone()
+        for name in adapter_names:
+            a, b = self.lora_A[name].weight.to(weight), self.lora_B[name].weight.to(weight)
+            delta = (b @ a).mul_(self.scaling[name])
+            if name in self.lora_variant:  # DoRA, arXiv 2402.09353, equation 5
+                magnitude = self.lora_magnitude_vector[name].weight.to(weight)
+                norm = torch.linalg.norm(weight + delta, dim=1)
+                value.add_(delta).mul_((magnitude / norm)[:, None])
+            else:
+                value.add_(delta)
+        if not value.isfinite().all():
+            raise NonFiniteWeights(
+                f"merging {', '.join(adapter_names)} gives NaN or infinity: the adapter is broken, nothing was merged"
+            )
+        return value
+
+    def merged_bias(self, adapter_names: list[str]) -> Tensor | None:
+        """The base bias with the adapters' own, or None without any."""
+        bias = self.base_layer.bias
+        for name in adapter_names:
+            extra = self.lora_B[name].bias
+            if extra is None:
+                continue
+            if bias is None:
+                raise UnsupportedOperation(
+                    "this adapter has a lora_bias and the layer has no bias to merge it into: a merged model would "
+                    "have parameters that its config does not know"
+                )
+            bias = bias.detach() + (extra.detach() * self.scaling[name]).to(bias)
+        if bias is not None and not bias.isfinite().all():
+            raise NonFiniteWeights("an adapter's bias holds NaN or infinity: nothing was merged")
+        return bias
+
+    def check_merge(self, adapter_names: list[str]) -> None:
+        """Raise what `merge` would raise, without changing anything."""
+        if not self.quantizer.capabilities.merge_to_quantized:
+            raise UnsupportedOperation(
+                f"{self.quantizer!r} cannot take a merge (capability merge_to_quantized); qft.merge_to_float works"
+            )
+        for name in adapter_names:
+            tensors = [p for m in (self.lora_A, self.lora_B, self.lora_magnitude_vector) if name in m
+                       for p in m[name].parameters()]  # fmt: skip
+            if not all(t.isfinite().all() for t in tensors):
+                raise NonFiniteWeights(f"adapter {name!r} holds NaN or infinity: nothing was merged")
+        self.merged_bias(adapter_names)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight, quantized as it is; `last_merge` says what survived.
+
+        Adapters that are merged already are taken out and merged again with the new ones, from the unmerged weight,
+        so that the weight is rounded once.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
+        if not names:
+            return
+        names = self.merged_adapters + names
+        self.check_merge(names)
+        if self._saved is not None:
+            self._restore()
+        handle = self.handle
+        before = self.quantizer.dequantize(handle, dtype=torch.float32)
+        wanted = self.merged_weight(names, before)
+        bias = self.merged_bias(names)
+        old_bias = self.base_layer.bias
+        self._saved = (self.quantizer.snapshot(handle), None if old_bias is None else old_bias.detach().clone())
+        self.quantizer.requantize(handle, wanted)
+        if bias is not old_bias:
+            old_bias.data = bias
+        self.merged_adapters[:] = names
+        after = self.quantizer.dequantize(handle, dtype=torch.float32)
+        self.last_merge = compare_merge(before, wanted, after)
+
+    def unmerge(self) -> None:
+        """Put the base weight back, to the bit."""
+        if self._saved is not None:
+            self._restore()
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        saved, bias = self._saved
+        self.quantizer.restore(self.handle, saved)
+        if bias is not None:
+            self.base_layer.bias.data = bias.to(self.base_layer.bias.device, copy=True)
+        self._saved = None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`scaling * B @ A`, (out_features, in_features), in the adapter's dtype."""
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return ((b.float() @ a.float()) * self.scaling[adapter]).to(b.dtype)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged:
+            self.unmerge()
+        return self.base_layer
+
+    def __repr__(self) -> str:
+        return "qft." + super().__repr__()
+
+
+class _FloatView(nn.Module):
+    """The base layer as PEFT's variants want to see it: `.weight` (out, in) as float, and `.bias`."""
+
+    def __init__(self, layer: QftLinear):
+        super().__init__()
+        self.__dict__["_layer"] = layer
+        handle = layer.handle
+        self.in_features, self.out_features = handle.shape[1], handle.shape[0]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        layer = self.__dict__["_layer"]
+        return nn.Parameter(layer.quantizer.dequantize(layer.handle), requires_grad=False)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.__dict__["_layer"].base_layer.bias
+
+
+def compare_merge(before: Tensor, wanted: Tensor, after: Tensor) -> WeightMerge:
+    """The figures of a merge from Ŵ, Ŵ + Δ and Ŵ′, all float32 of one shape."""
+    delta, stored = wanted - before, after - before
+    square = float((delta * delta).sum())
+    norm = float(wanted.norm())
+    return WeightMerge(
+        survived=float((stored * delta).sum()) / square if square else 1.0,
+        relative_error=float((after - wanted).norm()) / norm if norm else 0.0,
+        update_norm=square**0.5 / float(before.norm()) if float(before.norm()) else 0.0,
+    )
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

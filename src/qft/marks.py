@@ -1,0 +1,119 @@
+"""What qft notes on a model: which layers it quantized and how, what it left, and where the weights came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qft.errors import PartlyQuantized
+from qft.quantizer import Quantizer
+from qft.registry import quantizer_of
+
+SAMPLES = 64
+TOLERANCE = 1e-2
+
+
+@dataclass
+class Record:
+    """qft's note on a model, kept as `model._qft`.
+
+    Attributes:
+        quantizers: layer name → quantizer.
+        left: linear layers left in 16 bit → reason.
+        experts: fused expert weights left in 16 bit → bytes.
+        fingerprint: layer name → (shape, sample of the float weight), see `sample`.
+        float_bytes: bytes of the target weights before.
+        base_changed: the quantized base is not q(W), so that `save` must store it (iterated LoftQ, a merge).
+        forward: "dequantize" or "native".
+        init: what the adapters started from, for the record.
+        partly: why the model is a mixture, after an interrupted run.
+    """
+
+    quantizers: dict[str, Quantizer] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, int] = field(default_factory=dict)
+    fingerprint: dict[str, tuple[tuple[int, ...], list[float]]] = field(default_factory=dict)
+    float_bytes: int = 0
+    base_changed: bool = False
+    forward: str = "dequantize"
+    init: str | None = None
+    partly: str | None = None
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model itself under PEFT's, data-parallel's and compile's wrappers."""
+    while True:
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """qft's note on a model, or None.
+
+    Raises:
+        PartlyQuantized: an earlier run was interrupted halfway.
+    """
+    record = base_model(model).__dict__.get("_qft")
+    if record is not None and record.partly:
+        raise PartlyQuantized(
+            f"this model is partly quantized: {record.partly}; load the float model anew and quantize that"
+        )
+    return record
+
+
+def adopt(model: nn.Module) -> Record | None:
+    """The note on a model; where somebody else quantized it, written now. None for a float model."""
+    record = record_of(model)
+    if record is not None:
+        return record
+    base = base_model(model)
+    dtype = getattr(getattr(base, "config", None), "dtype", None)
+    found: dict[str, Quantizer] = {}
+    for name, module in base.named_modules():
+        quantizer = quantizer_of(module)
+        if quantizer is None:
+            continue
+        if isinstance(dtype, torch.dtype) and not hasattr(module, "qft_dtype"):
+            module.qft_dtype = dtype
+        found[name.removesuffix(".base_layer")] = quantizer
+    if not found:
+        return None
+    record = Record(quantizers=found)
+    mark(base, record)
+    return record
+
+
+def mark(model: nn.Module, record: Record) -> None:
+    """Write the note, and give the model transformers' own marks."""
+    from qft.saving import mark_for_transformers
+
+    model.__dict__["_qft"] = record
+    mark_for_transformers(model, record)
+
+
+def sample(weight: Tensor) -> Tensor:
+    """A fixed sample of 64 entries of a weight, float32, evenly spread over its flattened (out, in) form."""
+    n = weight.numel()
+    index = (torch.arange(SAMPLES, device=weight.device) * n + n // 2) // SAMPLES
+    columns = weight.shape[-1]
+    return weight[index // columns, index % columns].float()
+
+
+def same_origin(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Names whose fingerprints differ between two models, the missing ones included; empty where they agree."""
+    differ = sorted(set(a) ^ set(b))
+    for name in sorted(set(a) & set(b)):
+        (shape_a, values_a), (shape_b, values_b) = a[name], b[name]
+        x, y = torch.tensor(values_a), torch.tensor(values_b)
+        if tuple(shape_a) != tuple(shape_b) or (x - y).norm() > TOLERANCE * y.norm().clamp(min=1e-30):
+            differ.append(name)
+    return differ

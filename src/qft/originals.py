@@ -1,0 +1,112 @@
+"""Float weights by layer name, from a model or a folder of safetensors, one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from qft import marks
+from qft.errors import AdapterMismatch, BadFolder, BadOption
+from qft.quantizer import float_weight, is_conv1d
+
+
+class Originals:
+    """The original weights of a quantized model: call with a layer's name for its float (out, in) weight."""
+
+    def __init__(self, read: Callable[[str], Tensor], record: marks.Record, where: str):
+        self.read, self.record, self.where = read, record, where
+
+    @classmethod
+    def of(cls, original: Any, record: marks.Record) -> Originals:
+        """From a float model, or a folder of safetensors files, checked against the quantized model's fingerprint.
+
+        Raises:
+            BadFolder: no such folder, or no safetensors in it.
+            AdapterMismatch: the weights are those of another model.
+        """
+        if isinstance(original, nn.Module):
+            if marks.record_of(original) is not None:
+                raise BadOption("original= is quantized itself: give the float model")
+            originals = cls(lambda name: _from_model(original, name), record, type(original).__name__)
+        elif isinstance(original, str | os.PathLike):
+            originals = cls(_Folder(Path(original)), record, str(original))
+        else:
+            raise BadOption(f"original= is a float model or its folder, not a {type(original).__name__}")
+        for name, (shape, values) in record.fingerprint.items():
+            weight = originals(name)
+            found = {name: (tuple(weight.shape), marks.sample(weight).tolist())}
+            if marks.same_origin({name: (shape, values)}, found):
+                raise AdapterMismatch(f"{originals.where} holds another {name} than the model was quantized from")
+        return originals
+
+    def __call__(self, name: str) -> Tensor:
+        return self.read(name).detach()
+
+
+def _from_model(model: nn.Module, name: str) -> Tensor:
+    try:
+        return float_weight(model.get_submodule(name))
+    except AttributeError as error:
+        raise BadOption(f"the original has no layer {name}: it is another kind of model") from error
+
+
+class _Folder:
+    """Tensors of a folder by name, read when asked for."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise BadFolder(f"{folder} is no folder")
+        index = folder / "model.safetensors.index.json"
+        try:
+            if index.is_file():
+                files = json.loads(index.read_text())["weight_map"]
+                self.files = {key: folder / file for key, file in files.items()}
+            else:
+                self.files = {}
+                for path in sorted(folder.glob("*.safetensors")):
+                    with safe_open(path, framework="pt") as file:
+                        self.files.update(dict.fromkeys(file.keys(), path))
+        except Exception as error:
+            raise BadFolder(f"cannot read the weights in {folder}: {error}") from error
+        if not self.files:
+            raise BadFolder(f"{folder} holds no safetensors files")
+        self.folder = folder
+        self.conv1d = _is_gpt2(folder)
+
+    def __call__(self, name: str) -> Tensor:
+        key = self._key(f"{name}.weight")
+        try:
+            with safe_open(self.files[key], framework="pt") as file:
+                weight = file.get_tensor(key)
+        except Exception as error:
+            raise BadFolder(f"cannot read {key} from {self.files[key]}: {error}") from error
+        return weight.T if self.conv1d else weight
+
+    def _key(self, wanted: str) -> str:
+        """Checkpoints may lack, or have, the base model's prefix."""
+        if wanted in self.files:
+            return wanted
+        hits = [k for k in self.files if k.endswith("." + wanted) or wanted.endswith("." + k)]
+        if len(hits) != 1:
+            raise BadFolder(f"{self.folder} has no {wanted}: it is another model's folder, or stores it in another form")
+        return hits[0]
+
+
+def _is_gpt2(folder: Path) -> bool:
+    """Whether the folder's linear weights are stored as (in, out), as models of `Conv1D` do."""
+    try:
+        from transformers import AutoConfig, AutoModel
+
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+        return any(is_conv1d(m) for m in model.modules())
+    except Exception:
+        return False

@@ -1,0 +1,187 @@
+"""Formats that need no layer of their own: two functions on tensors, and one layer that holds what they pack."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qft.errors import BadOption, QftError
+from qft.lora.autograd import lora_linear
+from qft.quantizer import Kind, QuantizedWeight, Quantizer, float_weight, is_conv1d
+
+_RESERVED = {"weight", "bias", "quantizer", "in_features", "out_features", "kind", "dtype"}
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over packed tensors.
+
+    The packed tensors are frozen parameters, so that FSDP shards them; casts such as `model.half()` leave their
+    dtypes alone. `.weight` dequantizes, so that model code which reads it gets the right numbers in the right dtype.
+
+    Args:
+        quantizer: knows how to unpack.
+        packed: what `quantizer.pack` returned.
+        shape: `(out_features, in_features)`.
+        dtype: of the float weight.
+        bias: `(out_features,)` or None.
+        kind: "linear" or "conv1d".
+    """
+
+    def __init__(
+        self,
+        quantizer: TensorQuantizer,
+        packed: Mapping[str, Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        kind: Kind = "linear",
+    ):
+        super().__init__()
+        clash = _RESERVED.intersection(packed)
+        if clash or not packed:
+            raise BadOption(
+                f"{quantizer!r}.pack returned the names {sorted(packed)}: it must return at least one tensor, and none "
+                f"of the names {sorted(_RESERVED)}"
+            )
+        self.quantizer, self.kind, self.dtype = quantizer, kind, dtype
+        self.out_features, self.in_features = shape
+        for name, tensor in packed.items():
+            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+        self.packed_names = tuple(packed)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        return {name: getattr(self, name) for name in self.packed_names}
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats, dequantized on each access: (out, in), or (in, out) in the place of a Conv1D."""
+        weight = self._unpack(self.dtype)
+        return weight.T if self.kind == "conv1d" else weight
+
+    def _unpack(self, dtype: torch.dtype) -> Tensor:
+        shape = (self.out_features, self.in_features)
+        return self.quantizer.unpack({n: t.detach() for n, t in self.packed.items()}, shape=shape, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lora_linear(x, self._unpack, self.bias)
+
+    def _apply(self, fn, recurse=True):
+        packed = {name: self._parameters.pop(name) for name in self.packed_names}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, tensor in packed.items():
+                moved = fn(tensor.detach())
+                if moved.dtype != tensor.dtype:
+                    moved = tensor.detach().to(moved.device)
+                self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._first.device)).dtype
+        return self
+
+    @property
+    def _first(self) -> Tensor:
+        return getattr(self, self.packed_names[0])
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, quantizer={self.quantizer!r}"
+        )
+
+
+class TensorQuantizer(Quantizer):
+    """A format given by two functions on tensors; everything else is inherited.
+
+    Example:
+        See `examples/custom_quantizer.py`, a whole quantizer in under 30 lines.
+    """
+
+    layer_types: ClassVar[tuple[str, ...]] = ("qft.packed.PackedLinear",)
+
+    @abstractmethod
+    def pack(self, weight: Tensor, *, statistics: Any = None) -> dict[str, Tensor]:
+        """Quantize `weight`, a float tensor (out_features, in_features) of any float dtype.
+
+        Returns the tensors to keep, by name, on the device of `weight`; the codes are called "qweight".
+        """
+
+    @abstractmethod
+    def unpack(
+        self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """The inverse: floats of `shape` in `dtype`, computed in float32, written into `out` where it is given."""
+
+    # ---- inherited by every format -----------------------------------------------------------------------
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> Quantizer | None:
+        return module.quantizer if isinstance(module, PackedLinear) and type(module.quantizer) is cls else None
+
+    def weights(self, module: nn.Module) -> Sequence[QuantizedWeight]:
+        if not isinstance(module, PackedLinear) or type(module.quantizer) is not type(self):
+            return ()
+        shape = (module.out_features, module.in_features)
+        transposed = module.kind == "conv1d"
+        return (QuantizedWeight(module, "weight", shape, module.kind, transposed, module.dtype, module.bias),)
+
+    def quantize_layer(self, module: nn.Module, *, statistics: Any = None) -> nn.Module:
+        weight = float_weight(module)
+        packed = self._pack(weight, statistics)
+        kind: Kind = "conv1d" if is_conv1d(module) else "linear"
+        return PackedLinear(self, packed, tuple(weight.shape), weight.dtype, module.bias, kind)
+
+    def dequantize(
+        self, weight: QuantizedWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        # the layer's own quantizer, not self: options may differ from layer to layer
+        return _own(weight).unpack(
+            {n: t.detach() for n, t in weight.module.packed.items()},
+            shape=weight.shape,
+            dtype=out.dtype if out is not None else dtype or weight.dtype,
+            out=out,
+        )
+
+    def requantize(self, weight: QuantizedWeight, value: Tensor) -> None:
+        module = weight.module
+        self.restore(weight, _own(weight)._pack(value.to(module._first.device), None))
+
+    def snapshot(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        return {n: t.detach().to("cpu", copy=True) for n, t in weight.module.packed.items()}
+
+    def restore(self, weight: QuantizedWeight, saved: Mapping[str, Tensor]) -> None:
+        for name, tensor in saved.items():
+            getattr(weight.module, name).data = tensor.to(getattr(weight.module, name).device, copy=True)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        packed = self.pack(torch.zeros(shape, dtype=torch.bfloat16))
+        return sum(t.numel() * t.element_size() for t in packed.values())
+
+    def _pack(self, weight: Tensor, statistics: Any) -> dict[str, Tensor]:
+        with torch.no_grad():
+            weight = weight.contiguous()
+            packed = self.pack(weight, statistics=statistics) if statistics is not None else self.pack(weight)
+        if not isinstance(packed, Mapping) or not all(isinstance(t, Tensor) for t in packed.values()):
+            raise QftError(f"{self!r}.pack must return a dict of tensors, and returned {type(packed).__name__}")
+        return dict(packed)
+
+
+def _own(weight: QuantizedWeight) -> TensorQuantizer:
+    return weight.module.quantizer
+
+
+def dequantizer(quantizer: Quantizer, weight: QuantizedWeight):
+    """`dequantize` of one weight as a function of the dtype alone, as `lora_linear` wants it."""
+    return partial(_dequantize, quantizer, weight)
+
+
+def _dequantize(quantizer: Quantizer, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    return quantizer.dequantize(weight, dtype=dtype)

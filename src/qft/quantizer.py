@@ -1,0 +1,346 @@
+"""The interface of a quantization backend.
+
+Everything above a backend needs three things of it: is this weight mine, give it to me as floats, and, where
+it can, store these floats in it. What a backend supports is derived from that, never declared twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qft.errors import BadOption, MissingDependency, UnsupportedDevice, UnsupportedOperation
+
+Kind = Literal["linear", "conv1d", "experts"]
+OnWeight = Callable[[str, Tensor, Tensor, Any], None]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The handle of one quantized weight; a module may hold several (fused experts).
+
+    Attributes:
+        module: the layer that holds the codes.
+        name: the float parameter's name on that layer, such as "weight" or "gate_up_proj".
+        shape: `(out_features, in_features)`, or `(experts, out_features, in_features)`.
+        kind: what a merge to float must turn it back into.
+        transposed: the float parameter was stored as `(..., in_features, out_features)`.
+        dtype: of the float weight that it came from.
+        bias: `(out_features,)` or None.
+    """
+
+    module: nn.Module
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    transposed: bool
+    dtype: torch.dtype
+    bias: Tensor | None = None
+
+
+DERIVED = (
+    "merge_to_float",
+    "merge_to_quantized",
+    "unmerge",
+    "loftq",
+    "iterated_loftq",
+    "dora",
+    "fused",
+    "exact_merge",
+)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What one configuration of a backend can do on this machine.
+
+    Attributes:
+        bits: nominal bits a weight, constants left out.
+        devices: device types on which it quantizes and runs.
+        quantizes: False where it only loads prequantized checkpoints.
+        needs_calibration: quantizing wants activation statistics.
+        dequantize: the weight can be had as floats.
+        requantize: floats can be stored back with the layer's own options.
+        exact_forward: the vendor's forward is `x @ dequantize().T + bias` up to rounding.
+        float_zero_points: zero points are floats, which allows the exact quantized merge.
+        serializable: the quantized model can be saved.
+    """
+
+    bits: float
+    devices: frozenset[str]
+    quantizes: bool = True
+    needs_calibration: bool = False
+    dequantize: bool = True
+    requantize: bool = False
+    exact_forward: bool = True
+    float_zero_points: bool = False
+    serializable: bool = True
+
+    @property
+    def merge_to_float(self) -> bool:
+        """Adapters can be merged into a float copy."""
+        return self.dequantize
+
+    @property
+    def merge_to_quantized(self) -> bool:
+        """Adapters can be merged into the quantized weights."""
+        return self.dequantize and self.requantize
+
+    @property
+    def unmerge(self) -> bool:
+        """A merge into the quantized weights can be undone, to the bit."""
+        return self.merge_to_quantized
+
+    @property
+    def loftq(self) -> bool:
+        """Adapters can start from the quantization error."""
+        return self.dequantize
+
+    @property
+    def iterated_loftq(self) -> bool:
+        """LoftQ can alternate between the adapter and the quantized weight."""
+        return self.dequantize and self.requantize
+
+    @property
+    def dora(self) -> bool:
+        """DoRA works: it needs the norms of the float weight's rows."""
+        return self.dequantize
+
+    @property
+    def fused(self) -> bool:
+        """The one autograd linear trains over it."""
+        return self.dequantize
+
+    @property
+    def exact_merge(self) -> bool:
+        """A group-pooled adapter can be merged into the zero points without loss."""
+        return self.merge_to_quantized and self.float_zero_points
+
+    def as_dict(self) -> dict[str, Any]:
+        """Declared and derived flags, ready for JSON."""
+        out = dataclasses.asdict(self)
+        out["devices"] = sorted(self.devices)
+        out.update({name: getattr(self, name) for name in DERIVED})
+        return out
+
+
+class Quantizer(ABC):
+    """One quantization format with its options.
+
+    A subclass is a frozen dataclass: its fields are its options, `repr()` is the constructor call, and
+    `to_dict()`/`from_dict()` round-trip through JSON. Subclass `TensorQuantizer` where two functions on tensors
+    suffice; subclass this where the format has layers of its own.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    """pip requirements, named in `MissingDependency`."""
+    layer_types: ClassVar[tuple[str, ...]] = ()
+    """Qualified names of the layer classes, so that nothing is imported to look."""
+
+    # ---- what every backend says -------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this configuration can do on this machine."""
+
+    @abstractmethod
+    def weights(self, module: nn.Module) -> Sequence[QuantizedWeight]:
+        """The quantized weights that `module` itself holds; empty if it is not one of this backend's layers."""
+
+    @abstractmethod
+    def quantize_layer(self, module: nn.Module, *, statistics: Any = None) -> nn.Module:
+        """The quantized counterpart of a float layer (`nn.Linear` or transformers' `Conv1D`).
+
+        The float layer is left as it is. The bias is kept, the weight is quantized on the device it is on.
+        """
+
+    @abstractmethod
+    def dequantize(
+        self, weight: QuantizedWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """The weight as floats, shape `weight.shape`, in `dtype` (default: `weight.dtype`) or into `out`."""
+
+    def requantize(self, weight: QuantizedWeight, value: Tensor) -> None:
+        """Store floats of shape `weight.shape` in the quantized weight, with the options of the layer itself."""
+        raise UnsupportedOperation(f"{self.name} cannot store float values back (capability requantize)")
+
+    def snapshot(self, weight: QuantizedWeight) -> Any:
+        """What `restore` needs for a bit-exact undo of `requantize`, in host memory."""
+        raise UnsupportedOperation(f"{self.name} cannot take snapshots (capability requantize)")
+
+    def restore(self, weight: QuantizedWeight, saved: Any) -> None:
+        """Put a snapshot back, to the bit."""
+        raise UnsupportedOperation(f"{self.name} cannot restore snapshots (capability requantize)")
+
+    @abstractmethod
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of codes and constants for a float weight of this shape."""
+
+    # ---- what a backend may say --------------------------------------------------------------------------
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> Quantizer | None:
+        """The options of a layer that somebody else quantized, or None if it is not one of this backend's."""
+        return None
+
+    def adopt(self, module: nn.Module) -> None:
+        """Make a layer that somebody else quantized safe to use: called once, before anything else."""
+
+    def resolve(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Quantizer:
+        """This quantizer with open options settled for the weights to come, as `(name, shape)`.
+
+        Raises:
+            BadShape: a weight that does not fit, by name.
+        """
+        return self
+
+    def on_device(self, device: torch.device) -> Quantizer:
+        """The quantizer to use on `device`: itself, or one with the same codes that runs there.
+
+        Raises:
+            UnsupportedDevice: it has no kernels for the device.
+        """
+        if device.type not in self.capabilities.devices:
+            raise UnsupportedDevice(
+                f"{self!r} has no kernels for {device.type!r}: move the model to one of "
+                f"{', '.join(sorted(self.capabilities.devices))}, or use 'reference', which runs everywhere"
+            )
+        return self
+
+    def transformers_config(self, skipped: list[str]) -> Any | None:
+        """transformers' own config object for a model in this format, where there is one, else None."""
+        return None
+
+    def quantize(
+        self,
+        model: nn.Module,
+        targets: Sequence[str],
+        *,
+        calibration: Any = None,
+        on_weight: OnWeight | None = None,
+        progress: Callable[[Sequence[str]], Iterable[str]] | None = None,
+    ) -> nn.Module:
+        """Quantize the named layers of `model` in place, one by one.
+
+        `on_weight(name, W, W_hat, statistics)` is called once per weight while both are in hand, both of shape
+        `(out_features, in_features)`, when the quantized layer is in its place.
+        """
+        for name in progress(targets) if progress else targets:
+            layer = model.get_submodule(name)
+            statistics = (calibration or {}).get(name)
+            new = self.quantize_layer(layer, statistics=statistics)
+            replace_module(model, name, new)
+            if on_weight is not None:
+                for weight in self.weights(new):
+                    on_weight(name, float_weight(layer), self.dequantize(weight, dtype=torch.float32), statistics)
+        return model
+
+    # ---- what every backend inherits ---------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and options as JSON values."""
+        options = {f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"name": self.name, **options}
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Quantizer:
+        """The inverse of `to_dict`.
+
+        Raises:
+            BadOption: an option that this quantizer does not have.
+        """
+        options = {k: v for k, v in options.items() if k != "name"}
+        hints = typing.get_type_hints(cls)
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for key, value in options.items():
+            if key not in known:
+                raise BadOption(f"{cls.name} has no option {key!r}; its options are {', '.join(known) or 'none'}")
+            options[key] = _checked(cls.name, key, value, hints[key])
+        return cls(**options)
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise `MissingDependency`, with the pip line, where a required package is not installed."""
+        missing = [req for req in cls.requires if not _installed(req)]
+        if missing:
+            raise MissingDependency(
+                f"{cls.name} needs {', '.join(missing)}, not installed here: pip install {' '.join(repr(m) for m in missing)}"
+            )
+
+    @classmethod
+    def owns(cls, module: nn.Module) -> bool:
+        """Whether the class of `module` is one of `layer_types`, found by name so that nothing is imported."""
+        return any(f"{c.__module__}.{c.__qualname__}" in cls.layer_types for c in type(module).__mro__)
+
+
+def _installed(requirement: str) -> bool:
+    from packaging.requirements import Requirement
+
+    req = Requirement(requirement)
+    try:
+        version = importlib.metadata.version(req.name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return req.specifier.contains(version, prereleases=True)
+
+
+def _to_json(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _checked(name: str, key: str, value: Any, hint: Any) -> Any:
+    """`value` as the option's type hint wants it; only simple hints are checked, others pass."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if torch.dtype in kinds and isinstance(value, str):
+        return as_dtype(value)
+    if float in kinds and type(value) is int:
+        return float(value)
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+            return value
+        if typing.get_origin(kind) is None and type(value) is kind:
+            return value
+        if typing.get_origin(kind) not in (None, Literal):
+            return value
+    wants = " or ".join(getattr(k, "__name__", str(k)).replace("typing.Literal", "one of ") for k in kinds)
+    raise BadOption(f"{name}: {key}={value!r}; it wants {wants}")
+
+
+def as_dtype(value: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from itself or its name, such as "bfloat16"."""
+    if isinstance(value, torch.dtype):
+        return value
+    dtype = getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise BadOption(f"{value!r} is not a torch dtype; for example bfloat16, float16, float32")
+    return dtype
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D`, a linear layer with a weight of `(in_features, out_features)`."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def float_weight(layer: nn.Module) -> Tensor:
+    """The weight of a float linear or `Conv1D`, as a view of shape `(out_features, in_features)`."""
+    weight = layer.weight.detach()
+    return weight.T if is_conv1d(layer) else weight
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the submodule `name`, with its training mode."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    new.train(getattr(parent, child).training)
+    setattr(parent, child, new)

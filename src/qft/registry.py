@@ -1,0 +1,292 @@
+"""Names to quantizers. No backend is imported until its name is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import nn
+
+from qft.errors import BadOption, MissingDependency, UnknownQuantizer
+from qft.quantizer import Capabilities, Quantizer
+
+ENTRY_POINTS = "qft.quantizers"
+"""Third parties announce their quantizers under this entry-point group: `name = "package.module:Class"`."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name: where its class is, and the options that the name stands for."""
+
+    target: str | type[Quantizer]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    summary: str = ""
+
+    def load(self) -> type[Quantizer]:
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+_BNB = "qft.backends.bnb"
+_entries: dict[str, Entry] = {
+    "nf4": Entry(
+        f"{_BNB}:BitsAndBytes4bit",
+        {"quant_type": "nf4"},
+        ("bnb-nf4", "bitsandbytes", "bitsandbytes_4bit"),
+        "NF4, blocks of 64 (bitsandbytes)",
+    ),
+    "fp4": Entry(f"{_BNB}:BitsAndBytes4bit", {"quant_type": "fp4"}, ("bnb-fp4",), "FP4, blocks of 64 (bitsandbytes)"),
+    "int8": Entry(
+        f"{_BNB}:BitsAndBytes8bit", {}, ("llm.int8", "bitsandbytes_8bit"), "LLM.int8() (bitsandbytes)"
+    ),
+    "reference": Entry(
+        "qft.backends.reference:Reference", {}, (), "NF4, FP4, integers of 2 to 8 bits, in pure PyTorch, on any device"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class QuantizerInfo:
+    """A registered quantizer's state on this machine.
+
+    Attributes:
+        state: "ready", "missing" (a package is not installed) or "unusable" (it is, and cannot be used).
+        hint: what to do about it, or a note; empty where it is simply ready.
+    """
+
+    name: str
+    state: Literal["ready", "missing", "unusable"]
+    hint: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a caller asked for: quantizers by module pattern (None leaves a match in 16 bit), and further skips."""
+
+    quantizers: Mapping[str, Quantizer | None]
+    skip: tuple[str, ...] = ()
+
+
+def register_quantizer(
+    name: str,
+    quantizer: type[Quantizer] | str | None = None,
+    *,
+    aliases: tuple[str, ...] = (),
+    summary: str = "",
+    replace: bool = False,
+) -> Any:
+    """Register a quantizer under a name, directly or as a class decorator.
+
+    Args:
+        name: how it is called in specs, such as `"my8bit"` or `"my8bit:group_size=64"`.
+        quantizer: a `Quantizer` class, or `"package.module:Class"`, imported on first use.
+        aliases: further names.
+        summary: one line for `available_quantizers()`.
+        replace: allow a name that is taken.
+
+    Raises:
+        BadOption: a name that is taken or cannot be written in a spec, or something that is no `Quantizer`.
+
+    Example:
+        >>> @qft.register_quantizer("my8bit")
+        ... @dataclass(frozen=True)
+        ... class My8bit(qft.TensorQuantizer): ...
+    """
+    if quantizer is None:
+        return lambda cls: register_quantizer(name, cls, aliases=aliases, summary=summary, replace=replace)
+    if not name or any(c in name for c in ":,=* \t\n"):
+        raise BadOption(f"a quantizer cannot be called {name!r}: names have no spaces and none of ':,=*'")
+    if not isinstance(quantizer, str) and not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
+        raise BadOption(f"{quantizer!r} is no Quantizer class: subclass qft.Quantizer or qft.TensorQuantizer")
+    taken = [n for n in (name, *aliases) if _find(n, third_parties=False) is not None]
+    if taken and not replace:
+        raise BadOption(f"the name {taken[0]!r} is taken; pass replace=True to take it over")
+    doc = summary or (quantizer.__doc__ or "").strip().partition("\n")[0] if not isinstance(quantizer, str) else summary
+    _entries[name] = Entry(quantizer, {}, aliases, doc)
+    return quantizer
+
+
+def _third_parties() -> dict[str, importlib.metadata.EntryPoint]:
+    return {ep.name: ep for ep in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _find(name: str, *, third_parties: bool = True) -> Entry | None:
+    if name in _entries:
+        return _entries[name]
+    for entry in _entries.values():
+        if name in entry.aliases:
+            return entry
+    if third_parties and name in (points := _third_parties()):
+        return Entry(f"{points[name].module}:{points[name].attr}")
+    return None
+
+
+def _entry(name: str) -> Entry:
+    entry = _find(name)
+    if entry is None:
+        known = [*_entries, *_third_parties()]
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UnknownQuantizer(f"no quantizer is called {name!r}; {hint}known: {', '.join(known)}")
+    return entry
+
+
+def get_quantizer(spec: Any) -> Quantizer:
+    """A quantizer from its name, an option string, an object, transformers' config, or `to_dict()`'s output.
+
+    Args:
+        spec: `"nf4"`, `"reference:format=int,bits=3"`, `qft.Reference(bits=3, format="int")`,
+            `BitsAndBytesConfig(load_in_4bit=True)`, or `{"name": "reference", "bits": 3, "format": "int"}`.
+
+    Raises:
+        UnknownQuantizer: no such name; near names are in the message.
+        BadOption: an option that the quantizer does not have, or a value that it does not take.
+        MissingDependency: a package is not installed; the pip line is in the message. For `nf4` and `fp4` the
+            reference quantizer takes over instead, with a warning.
+    """
+    quantizer = _build(spec)
+    try:
+        quantizer.check_installed()
+    except MissingDependency as error:
+        fallback = getattr(quantizer, "fallback", None)
+        if fallback is None:
+            raise
+        return fallback(str(error))
+    return quantizer
+
+
+def _build(spec: Any) -> Quantizer:
+    if isinstance(spec, Quantizer):
+        return spec
+    if isinstance(spec, type) and issubclass(spec, Quantizer):
+        return spec()
+    if isinstance(spec, Mapping) and "name" in spec:
+        entry = _entry(spec["name"])
+        return entry.load().from_dict({**entry.options, **spec})
+    if isinstance(spec, str):
+        name, _, text = spec.strip().partition(":")
+        entry = _entry(name)
+        return entry.load().from_dict({**entry.options, **_parse_options(spec, text)})
+    config = _from_transformers(spec)
+    if config is not None:
+        return config
+    raise BadOption(
+        f"{spec!r} is no quantizer: give a name such as 'nf4', an option string such as 'reference:format=int,bits=3', "
+        "a qft quantizer object, a transformers quantization config, or a mapping of module patterns to these"
+    )
+
+
+def _parse_options(spec: str, text: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for part in text.split(",") if text.strip() else ():
+        key, equals, value = (p.strip() for p in part.partition("="))
+        if not equals or not key.isidentifier() or not value:
+            raise BadOption(f"cannot read {part.strip()!r} in {spec!r}: options are written name:key=value,key=value")
+        if key in options:
+            raise BadOption(f"{key!r} stands twice in {spec!r}")
+        options[key] = _parse_value(value)
+    return options
+
+
+def _parse_value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _from_transformers(config: Any) -> Quantizer | None:
+    if type(config).__name__ == "BitsAndBytesConfig":
+        from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
+
+        if config.load_in_4bit:
+            return BitsAndBytes4bit(
+                quant_type=config.bnb_4bit_quant_type,
+                double_quant=config.bnb_4bit_use_double_quant,
+                compute_dtype=config.bnb_4bit_compute_dtype,
+                quant_storage=config.bnb_4bit_quant_storage,
+            )
+        if config.load_in_8bit:
+            if config.llm_int8_has_fp16_weight:
+                raise BadOption("llm_int8_has_fp16_weight keeps the weights in float16: nothing would be quantized")
+            return BitsAndBytes8bit(threshold=config.llm_int8_threshold)
+        raise BadOption("this BitsAndBytesConfig asks for neither load_in_4bit nor load_in_8bit")
+    return None
+
+
+def parse_spec(spec: Any) -> Spec:
+    """Everything that `quantize` takes as its quantizer, mappings of module patterns included."""
+    if isinstance(spec, Mapping) and "name" not in spec:
+        if not spec or not all(isinstance(k, str) for k in spec):
+            raise BadOption("a mapping of quantizers has module patterns as its keys, such as {'*.mlp.*': 'nf4'}")
+        return Spec({k: None if v is None else get_quantizer(v) for k, v in spec.items()})
+    skip = tuple(getattr(spec, "llm_int8_skip_modules", None) or ())
+    return Spec({"*": get_quantizer(spec)}, skip)
+
+
+def capabilities(spec: Any) -> Capabilities:
+    """What a quantizer's configuration can do on this machine; see `Capabilities`.
+
+    Raises:
+        UnknownQuantizer, BadOption: as `get_quantizer` does. A missing package is no error here.
+    """
+    return _build(spec).capabilities
+
+
+def available_quantizers() -> Mapping[str, QuantizerInfo]:
+    """Every registered quantizer by name, with its state on this machine. Imports no backend's package."""
+    infos = {}
+    entries = {**{n: Entry(f"{p.module}:{p.attr}") for n, p in _third_parties().items()}, **_entries}
+    for name in sorted(entries, key=lambda n: (n not in _entries, n)):
+        entry = entries[name]
+        try:
+            cls = entry.load()
+            cls.check_installed()
+            infos[name] = QuantizerInfo(name, "ready", "", entry.summary)
+        except MissingDependency as error:
+            if hasattr(cls, "fallback"):
+                hint = f"through the reference quantizer, more slowly; {error}"
+                infos[name] = QuantizerInfo(name, "ready", hint, entry.summary)
+            else:
+                infos[name] = QuantizerInfo(name, "missing", str(error), entry.summary)
+        except Exception as error:
+            infos[name] = QuantizerInfo(name, "unusable", f"{type(error).__name__}: {error}", entry.summary)
+    return MappingProxyType(infos)
+
+
+def _classes() -> list[type[Quantizer]]:
+    return list(dict.fromkeys(entry.load() for entry in _entries.values()))
+
+
+def quantizer_of(module: nn.Module) -> Quantizer | None:
+    """The quantizer of a quantized layer, whoever quantized it, or None."""
+    known = module.__dict__.get("_qft_quantizer")
+    if known is not None:
+        return known
+    own = module.__dict__.get("quantizer")  # a PackedLinear
+    if isinstance(own, Quantizer):
+        return own
+    for cls in _classes():
+        if cls.owns(module):
+            quantizer = cls.recognise(module)
+            if quantizer is not None:
+                quantizer.adopt(module)
+                module._qft_quantizer = quantizer
+                return quantizer
+    return None
+
+

@@ -1,0 +1,204 @@
+"""Which weights are quantized: linear layers. Heads, tied weights, routers and what a model keeps in float32 are not."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from qft.backends.unquantized import is_float_linear
+from qft.errors import BadOption, NoTargets
+from qft.quantizer import Quantizer, float_weight, is_conv1d
+
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
+
+
+@dataclass
+class Selection:
+    """The outcome: layers by name with their quantizer, and what stays as it is, with the reason."""
+
+    targets: dict[str, Quantizer] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, int] = field(default_factory=dict)
+    """Fused 3-D expert weights that stay in 16 bit: name → bytes."""
+
+
+def select(
+    model: nn.Module, quantizers: Mapping[str, Quantizer | None], skip: str | Iterable[str] | None = None
+) -> Selection:
+    """Choose the layers of `model` to quantize.
+
+    Args:
+        quantizers: by module pattern (`fnmatch`); the first that matches wins, None leaves the layer.
+        skip: names as `target_modules` takes them: a regular expression for the whole name, or a list of names or
+            last parts of names. They add to the default skips.
+
+    Raises:
+        NoTargets: no layer is left to quantize.
+        BadOption: a skip that is no valid regular expression.
+    """
+    skips = _Skips(skip)
+    reasons = default_skips(model)
+    chosen = Selection(experts=_fused_experts(model))
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            continue
+        quantizer = next((q for pattern, q in quantizers.items() if fnmatchcase(name, pattern)), None)
+        if name in reasons:
+            chosen.left[name] = reasons[name]
+        elif skips(name):
+            chosen.left[name] = "skipped by the caller"
+        elif not is_float_linear(module):
+            chosen.left[name] = f"a {type(module).__name__}, not a plain float linear"
+        elif quantizer is None:
+            chosen.left[name] = "no pattern asks for it"
+        else:
+            chosen.targets[name] = quantizer
+    unused = skips.unused()
+    if unused:
+        raise BadOption(f"skip names no module of this model: {', '.join(map(repr, unused))}")
+    if not chosen.targets:
+        why = "; ".join(f"{n}: {r}" for n, r in list(chosen.left.items())[:5]) or "it has no linear layers"
+        raise NoTargets(f"nothing to quantize in {type(model).__name__}: {why}")
+    return chosen
+
+
+class _Skips:
+    def __init__(self, skip: str | Iterable[str] | None):
+        self.pattern: re.Pattern[str] | None = None
+        self.names: tuple[str, ...] = ()
+        self.seen: set[str] = set()
+        if isinstance(skip, str):
+            try:
+                self.pattern = re.compile(skip)
+            except re.error as error:
+                raise BadOption(f"skip={skip!r} is not a regular expression: {error}") from error
+        elif skip is not None:
+            self.names = tuple(skip)
+            if not all(isinstance(n, str) for n in self.names):
+                raise BadOption(f"skip={skip!r}: give a regular expression or a list of module names")
+
+    def __call__(self, name: str) -> bool:
+        if self.pattern is not None:
+            hit = self.pattern.fullmatch(name) is not None
+            if hit:
+                self.seen.add(self.pattern.pattern)
+            return hit
+        hits = {n for n in self.names if name == n or name.endswith("." + n) or name.startswith(n + ".")}
+        self.seen |= hits
+        return bool(hits)
+
+    def unused(self) -> list[str]:
+        wanted = [self.pattern.pattern] if self.pattern is not None else list(self.names)
+        return [n for n in wanted if n not in self.seen]
+
+
+def default_skips(model: nn.Module) -> dict[str, str]:
+    """Linear layers that stay as they are whatever the caller says, by name, with the reason."""
+    reasons: dict[str, str] = {}
+    modules = dict(model.named_modules())
+
+    shared: dict[int, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                shared[id(parameter)].append(f"{name}.{key}")
+    tied = {n for names in shared.values() if len(names) > 1 for n in names}
+    keys = getattr(model, "all_tied_weights_keys", None) or {}
+    tied |= set(keys) | set(keys.values())
+
+    head = _output_embeddings(model)
+    base_prefix = _base_prefix(model)
+    keep = _kept_in_float32(model)
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            continue
+        parent_name, _, last = name.rpartition(".")
+        parent = modules[parent_name]
+        if f"{name}.weight" in tied:
+            reasons[name] = "its weight is shared with another module"
+        elif module is head:
+            reasons[name] = "the output head"
+        elif base_prefix and not name.startswith(base_prefix + "."):
+            reasons[name] = "a head on top of the base model"
+        elif last in _ROUTERS and hasattr(parent, "experts"):
+            reasons[name] = "a router"
+        elif any(re.search(rf"(^|\.){k}(\.|$)", name) for k in keep):
+            reasons[name] = "the model keeps it in float32"
+        elif isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+            reasons[name] = "PyTorch's fused kernels read its weight directly"
+    return reasons
+
+
+def linear_targets(model: nn.Module, is_quantized) -> list[str]:
+    """Every layer that "all-linear" means: the quantized ones and the float linears, without heads and routers."""
+    reasons = default_skips(model)
+    out_of_question = {"the output head", "a head on top of the base model", "a router"}
+    head = _output_embeddings(model)
+    names = []
+    for name, module in model.named_modules():
+        if module is head or reasons.get(name) in out_of_question:
+            continue
+        if is_quantized(module) or is_float_linear(module):
+            tied = reasons.get(name, "").startswith("its weight is shared")
+            if not tied:
+                names.append(name)
+    return names
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _base_prefix(model: nn.Module) -> str:
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    return prefix if isinstance(prefix, str) and prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _kept_in_float32(model: nn.Module) -> list[str]:
+    keep: set[Any] = set()
+    for module in model.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            keep |= set(getattr(module, attribute, None) or ())
+    return [re.escape(k) if isinstance(k, str) else k for k in keep]
+
+
+def _fused_experts(model: nn.Module) -> dict[str, int]:
+    found = {}
+    for name, module in model.named_modules():
+        if "expert" not in f"{name}.{type(module).__name__}".lower():
+            continue
+        for key, p in module._parameters.items():
+            if p is not None and p.ndim == 3 and p.is_floating_point():
+                found[f"{name}.{key}"] = p.numel() * p.element_size()
+    return found
+
+
+def check_finite(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise `NonFiniteWeights`, by name, if a target weight holds NaN or infinity. One read of each weight."""
+    import torch
+
+    from qft.errors import NonFiniteWeights
+
+    names = list(names)
+    # a finite sum in float32 means finite terms; the exact look is for the rare others
+    sums = [float_weight(model.get_submodule(n)).sum(dtype=torch.float32) for n in names]
+    by_device: dict[Any, list[int]] = defaultdict(list)
+    for i, s in enumerate(sums):
+        by_device[s.device].append(i)
+    for indices in by_device.values():
+        finite = torch.stack([sums[i] for i in indices]).isfinite().tolist()
+        for i, ok in zip(indices, finite, strict=True):
+            if not ok and not float_weight(model.get_submodule(names[i])).isfinite().all():
+                raise NonFiniteWeights(
+                    f"{names[i]}.weight holds NaN or infinity: quantizing it would spread them; repair the checkpoint, "
+                    "or leave this weight in float with skip="
+                )

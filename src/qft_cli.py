@@ -1,0 +1,89 @@
+"""The console script `qft`.
+
+Each verb is one file in `qft/cli/` that holds a function `command`; the file's name is the verb's name. Verb files
+are loaded by path, since `import qft.cli.demo` would import qft, and with it torch, before `--help` can answer.
+So a verb file imports typer and nothing heavy at its top, and imports qft in its function.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+VERBS = Path(__file__).with_name("qft") / "cli"
+
+
+def app() -> typer.Typer:
+    """The command with all of its verbs."""
+    cli = typer.Typer(
+        name="qft",
+        help="Quantized fine-tuning: quantize, tune and merge language models with any backend.",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    cli.callback()(_options)
+    for file in sorted(VERBS.glob("[a-z]*.py")):
+        cli.command(file.stem.replace("_", "-"))(_reporting(_load(file)))
+    return cli
+
+
+def main() -> None:
+    app()()
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda asked: _version(asked), help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print("qft", importlib.metadata.version("qft"))
+        raise typer.Exit
+
+
+def _load(file: Path) -> Callable[..., Any]:
+    spec = importlib.util.spec_from_file_location(f"qft_cli_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.command
+
+
+def _reporting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Refusals become one line on stderr and exit code 1, Ctrl-C becomes 130; a defect keeps its traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # such as `qft backends | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:
+            errors = sys.modules.get("qft.errors")
+            if errors is None or not isinstance(error, errors.QftError):
+                raise
+            print("qft: error:", " ".join(str(error).split()), file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
