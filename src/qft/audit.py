@@ -155,7 +155,7 @@ def audit(model: nn.Module, *, original: Any = None) -> Audit:
                 w = originals(name).float()
                 w_hat = quantizer.dequantize(handle, dtype=torch.float32).to(w.device)
                 error = float((w - w_hat).norm() / w.norm().clamp(min=1e-30))
-            result.weights[name] = WeightAudit(repr(quantizer), handle.shape, _layer_bytes(module), error)
+            result.weights[name] = WeightAudit(repr(quantizer), handle.shape, layer_bytes(module), error)
         caps = quantizer.capabilities
         if not caps.merge_to_float:
             merges.discard("to float")
@@ -176,7 +176,7 @@ def model_bytes(model: nn.Module) -> int:
     for module in model.modules():
         quantized = quantizer_of(module) is not None and not hasattr(module, "base_layer")
         if quantized:
-            total += _layer_bytes(module)
+            total += layer_bytes(module)
             tensors = [module.bias] if module.bias is not None else []
         else:
             tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -187,7 +187,7 @@ def model_bytes(model: nn.Module) -> int:
     return total
 
 
-def _layer_bytes(module: nn.Module) -> int:
+def layer_bytes(module: nn.Module) -> int:
     """Codes and constants as a layer's state dict holds them, its bias and scalar notes left out."""
     state = module.state_dict()
     skip = {"bias", "weight_format", "weight.quant_map", "weight.nested_quant_map"}

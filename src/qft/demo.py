@@ -152,8 +152,8 @@ def run_demo(
         wrapped = qft.quantize_and_wrap(network, backend, adapter=adapter, progress=progress)
         quantized = time.perf_counter()
         audit = qft.audit(wrapped)
-        nbytes["quantized"] = audit.nbytes
-        nbytes["tuned"] = audit.nbytes + sum(p.nbytes for p in wrapped.parameters() if p.requires_grad)
+        nbytes["quantized"] = audit.nbytes - sum(p.nbytes for p in wrapped.parameters() if p.requires_grad)
+        nbytes["tuned"] = audit.nbytes
         measure("quantized", wrapped)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

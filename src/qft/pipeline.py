@@ -33,7 +33,7 @@ from qft.lora.model import check_config, targeted
 from qft.originals import Originals
 from qft.quantizer import OnWeight, Quantizer, float_weight
 from qft.registry import Spec, get_quantizer, parse_spec, quantizer_of
-from qft.saving import check_origin
+from qft.saving import check_origin, restore_base
 from qft.selection import Selection, check_finite, select
 
 # ---- quantize --------------------------------------------------------------------------------------------
@@ -662,15 +662,23 @@ def _strict_load(model: nn.Module):
 
 
 def _base_for(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any] | None, kwargs: Any) -> nn.Module:
+    stored = folder / "base"
     if base is None and note is not None and note["base_stored"]:
-        if not (folder / "base" / "config.json").is_file():
-            raise BadFolder(
-                f"{folder / 'base'} is not a transformers checkpoint: pass base=, the module whose weights it holds"
-            )
-        model = load_quantized(str(folder / "base"), None, check_device(kwargs.pop("device", None)) or default_device(), False, **kwargs)
+        if not (stored / "config.json").is_file():
+            raise BadFolder(f"{stored} is no transformers checkpoint: pass base=, a module such as it was made from")
+        device = check_device(kwargs.pop("device", None)) or default_device()
+        model = load_quantized(str(stored), None, device, False, **kwargs)
         record = marks.adopt(model)
         record.fingerprint = note["fingerprint"]  # stored together: the same by construction
+        record.base_changed = note["base_changed"]
         return model
+    model = _given_base(folder, base, config, note, kwargs)
+    if note is not None and note["base_changed"]:
+        restore_base(model, stored, marks.record_of(model))
+    return model
+
+
+def _given_base(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any] | None, kwargs: Any) -> nn.Module:
     if base is None:
         base = config.base_model_name_or_path
         if not base:

@@ -11,7 +11,7 @@ import importlib.metadata
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -182,6 +182,10 @@ class Quantizer(ABC):
     def restore(self, weight: QuantizedWeight, saved: Any) -> None:
         """Put a snapshot back, to the bit."""
         raise UnsupportedOperation(f"{self.name} cannot restore snapshots (capability requantize)")
+
+    def load_state(self, weight: QuantizedWeight, state: Mapping[str, Tensor]) -> None:
+        """Take over the codes and constants that a layer's `state_dict` held, given by their names on the layer."""
+        weight.module.load_state_dict(state, strict=False)
 
     @abstractmethod
     def nbytes(self, shape: tuple[int, ...]) -> int:

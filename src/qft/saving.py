@@ -307,6 +307,7 @@ def _note(record: marks.Record, stores_base: bool) -> dict[str, Any]:
         "init": record.init,
         "forward": record.forward,
         "base_stored": stores_base,
+        "base_changed": record.base_changed,
         "fingerprint": {
             n: [list(shape), [float(f"{v:.6g}") for v in values]] for n, (shape, values) in record.fingerprint.items()
         },
@@ -375,6 +376,34 @@ def _save_pretrained_bare(base: nn.Module, folder: Path, state: Mapping[str, tor
             base._hf_peft_config_loaded = loaded
         if peft_config is not None:
             base.peft_config = peft_config
+
+
+def restore_base(model: nn.Module, folder: Path, record: marks.Record) -> None:
+    """Put the stored codes and constants of a base that is not q(W) over those of a freshly quantized one.
+
+    Raises:
+        BadFolder: files that are missing, damaged, or of another model.
+    """
+    tensors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in record.quantizers}
+    names = sorted(record.quantizers, key=len, reverse=True)
+    files = sorted(folder.glob("*.safetensors"))
+    try:
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    owner = next((n for n in names if key.startswith(n + ".")), None)
+                    if owner is not None:
+                        tensors[owner][key.removeprefix(owner + ".")] = file.get_tensor(key)
+        for name, state in tensors.items():
+            if not state:
+                raise BadFolder(f"{folder} holds nothing for {name}: it is the base of another model, or incomplete")
+            quantizer = record.quantizers[name]
+            quantizer.load_state(quantizer.weights(model.get_submodule(name))[0], state)
+    except BadFolder:
+        raise
+    except Exception as error:
+        raise BadFolder(f"cannot read the base in {folder}: {error}") from error
+    record.base_changed = True
 
 
 def load(folder: str | os.PathLike[str], base: Any = None, *, is_trainable: bool = False, **kwargs: Any) -> nn.Module:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qft.errors import BadOption, QftWarning
+from qft.lora.autograd import lora_linear
+from qft.packed import dequantizer
 from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, as_dtype, float_weight, is_conv1d
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -118,6 +121,7 @@ class BitsAndBytes4bit(_BitsAndBytes):
         # On CPUs with AVX512-BF16, one forward in eval mode repacks the weight in a layout that dequantize_4bit,
         # merge and save read as garbage.
         module.support_avx512bf16_for_cpu = False
+        _guard(module)
         if getattr(_state(module), "packing_format_for_cpu", False):
             _undo_cpu_packing(module)
 
@@ -148,6 +152,7 @@ class BitsAndBytes4bit(_BitsAndBytes):
             bnb_quantized=True,
         )
         layer.quant_state = state
+        _guard(layer)
         return layer
 
     def _quantize(self, weight: Tensor) -> tuple[Tensor, Any]:
@@ -175,11 +180,17 @@ class BitsAndBytes4bit(_BitsAndBytes):
             from bitsandbytes.functional import dequantize_blockwise
 
             absmax = (dequantize_blockwise(absmax, state.state2) + state.offset).float()
-        op, args = torch.ops.bitsandbytes.dequantize_4bit, (state.blocksize, state.quant_type, state.shape)
-        if out is not None and out.is_contiguous() and out.dtype == kernel:
+        shape = state.shape
+        if data.device.type == "cpu" and _misfit(state):
+            # bitsandbytes' AVX512 kernel takes blocks row by row: wrong, without an error, where a block crosses rows
+            if prod(shape) % state.blocksize:
+                return _dequantize_plainly(data, absmax, state, dtype, out)
+            shape = (prod(shape) // state.blocksize, state.blocksize)
+        op, args = torch.ops.bitsandbytes.dequantize_4bit, (state.blocksize, state.quant_type, shape)
+        if out is not None and out.is_cuda and out.is_contiguous() and out.dtype == kernel:
             op.out(data, absmax, *args, kernel, out=out)
             return out
-        value = op.default(data, absmax, *args, kernel)
+        value = op.default(data, absmax, *args, kernel).view(state.shape)
         return value.to(dtype) if out is None else out.copy_(value)
 
     def requantize(self, weight: QuantizedWeight, value: Tensor) -> None:
@@ -199,6 +210,15 @@ class BitsAndBytes4bit(_BitsAndBytes):
         state = copy.deepcopy(state)
         state.to(device)
         self._set(weight.module, data.to(device, copy=True), state)
+
+    def load_state(self, weight: QuantizedWeight, state: Mapping[str, Tensor]) -> None:
+        import bitsandbytes as bnb
+
+        module = weight.module
+        stats = {k: v for k, v in state.items() if k.startswith("weight.")}
+        module.weight = bnb.nn.Params4bit.from_prequantized(
+            state["weight"], stats, device=module.weight.device, module=module
+        )
 
     @staticmethod
     def _set(module: nn.Module, data: Tensor, state: Any) -> None:
@@ -300,6 +320,9 @@ class BitsAndBytes8bit(_BitsAndBytes):
         holder = module.state if module.state.CB is not None else module.weight
         holder.CB, holder.SCB = module.weight.data, scale
 
+    def load_state(self, weight: QuantizedWeight, state: Mapping[str, Tensor]) -> None:
+        self.restore(weight, (state["weight"], state["SCB"]))
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return prod(shape) + 4 * prod(shape[:-1])
 
@@ -330,6 +353,60 @@ def _state(module: nn.Module) -> Any:
 def _int8(module: nn.Module) -> tuple[Tensor, Tensor]:
     scale = module.weight.SCB if getattr(module.weight, "SCB", None) is not None else module.state.SCB
     return module.weight.data, scale.view(-1)
+
+
+def _misfit(state: Any) -> bool:
+    """Whether blocks of the flattened weight cross its rows."""
+    return state.shape[-1] % state.blocksize != 0
+
+
+def _dequantize_plainly(data: Tensor, absmax: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    from qft.backends.reference import Reference
+
+    packed = {"qweight": data.view(torch.uint8).view(-1), "absmax": absmax}
+    reference = Reference(format=state.quant_type, group_size=state.blocksize)
+    return reference.unpack(packed, shape=tuple(state.shape), dtype=dtype, out=out)
+
+
+def _guard(module: nn.Module) -> None:
+    """Keep a layer from two things that bitsandbytes gets wrong without an error; see `guarded_linear4bit`."""
+    float_codes = module.weight.dtype.is_floating_point
+    if (float_codes or _misfit(_state(module))) and type(module).__name__ == "Linear4bit":
+        module.__class__ = guarded_linear4bit()
+
+
+@lru_cache
+def guarded_linear4bit() -> type[nn.Module]:
+    """`Linear4bit` whose float-stored codes survive casts, and whose CPU forward is right where blocks cross rows."""
+    import bitsandbytes as bnb
+
+    class GuardedLinear4bit(bnb.nn.Linear4bit):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.device.type != "cpu" or not _misfit(_state(self)):
+                return super().forward(x)
+            quantizer = BitsAndBytes4bit.recognise(self)
+            return lora_linear(x, dequantizer(quantizer, quantizer.weights(self)[0]), self.bias)
+
+        def _apply(self, fn, recurse=True):
+            storage = self.weight.dtype
+
+            def keep(t: Tensor) -> Tensor:
+                moved = fn(t)
+                is_code = t.dtype == storage and t.shape[-1:] == (1,) and t.numel() == self.weight.numel()
+                return t.to(moved.device) if is_code and moved.dtype != storage else moved
+
+            return super()._apply(keep, recurse)
+
+        def __reduce_ex__(self, protocol):
+            return _rebuild, (self.__dict__,)
+
+    return GuardedLinear4bit
+
+
+def _rebuild(state: dict[str, Any]) -> nn.Module:
+    layer = guarded_linear4bit().__new__(guarded_linear4bit())
+    layer.__dict__.update(state)
+    return layer
 
 
 def _undo_cpu_packing(module: nn.Module) -> None:

@@ -70,7 +70,7 @@ def report(result: DemoResult, console: Console) -> None:
         column.justify = "right"
     for stage, label in STAGES.items():
         if stage in result.perplexity:
-            nbytes = f"{result.nbytes[stage] / 2**30:.3f} GiB" if stage in result.nbytes else ""
+            nbytes = _size(result.nbytes[stage]) if stage in result.nbytes else ""
             table.add_row(label, f"{result.perplexity[stage]:.3f}", nbytes)
     speed = f"{result.tokens_per_second:.0f} tokens/s on {result.device} in {result.dtype}"
     lines = [
@@ -81,6 +81,10 @@ def report(result: DemoResult, console: Console) -> None:
     if result.gap is not None:
         lines.append(f"gap to the float model tuned identically: {result.gap:.1%}")
     if "tuning peak" in result.nbytes:
-        lines.append(f"most memory while tuning: {result.nbytes['tuning peak'] / 2**30:.3f} GiB")
+        lines.append(f"most memory while tuning: {_size(result.nbytes['tuning peak'])}")
     lines += [f"exported to {result.folder}; loaded back, it says:", f"  {result.answer!r}"]
     console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
