@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -383,12 +384,14 @@ def _line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own bars and notes, which drown the demo's."""
+    """Without transformers' and PEFT's own bars and notes, which drown the demo's."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Could not find a config file")  # a GGUF file has none beside it
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from qft import marks
-from qft.errors import BadFolder, NonFiniteWeights, QftError
+from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
 from qft.quantizer import OnWeight, Quantizer, float_weight, is_conv1d, replace_module
 from qft.selection import Selection, select
+
+
+TRIM_EVERY = 4 * 2**20
+"""Bytes of float weights between two calls of `_trim`."""
+
+
+class _Stop(BaseException):
+    """Ends a load at once: transformers collects every `Exception` of a conversion, and goes on to the end."""
 
 
 class Plan:
@@ -28,8 +39,9 @@ class Plan:
         self.quantizers, self.skip, self.on_weight, self.prepare = quantizers, skip, on_weight, prepare
         self.selection = Selection()
         self.record = marks.Record()
-        self.error: QftError | None = None
+        self.error: BaseException | None = None
         self._samples: dict[str, Tensor] = {}
+        self._untrimmed = 0
 
     def start(self, model: nn.Module) -> None:
         """Every check that needs no weights, on the empty model."""
@@ -44,18 +56,28 @@ class Plan:
         name, _, last = parameter.rpartition(".")
         return last == "weight" and name in self.selection.targets
 
+    def element_size(self, parameter: str, value: Tensor) -> float:
+        """Bytes an element of what a parameter becomes."""
+        if not self.wants(parameter):
+            return value.element_size()
+        return self.selection.targets[parameter.removesuffix(".weight")].capabilities.bits / 8
+
     def arrive(self, model: nn.Module, parameter: str, value: Tensor) -> None:
         """One float weight: check it, quantize it, put the layer in its place."""
         try:
             self._arrive(model, parameter.removesuffix(".weight"), value)
-        except QftError as error:  # transformers collects what goes wrong in a load: keep ours, to raise it
-            self.error = self.error or error
-            raise
+        except BaseException as error:
+            self.error = error
+            raise _Stop from error
 
     def _arrive(self, model: nn.Module, name: str, value: Tensor) -> None:
         quantizer = self.selection.targets[name]
         quantizer = self.selection.targets[name] = quantizer.on_device(value.device)
         old = model.get_submodule(name)
+        if value.shape != old.weight.shape:
+            raise BadFolder(
+                f"the checkpoint's {name}.weight is {tuple(value.shape)}, and its config says {tuple(old.weight.shape)}"
+            )
         layer = _with_weight(old, value)
         weight = float_weight(layer)
         if not weight.isfinite().all():
@@ -63,6 +85,9 @@ class Plan:
         new = quantizer.quantize_layer(layer)
         new.bias = old.bias  # on "meta" still, or loaded already
         new._is_hf_initialized = True
+        for parameter in new.parameters():  # or transformers draws them anew, for some parent modules
+            if not parameter.is_meta:
+                parameter._is_hf_initialized = True
         new._qft_quantizer = quantizer
         new.requires_grad_(False)
         replace_module(model, name, new)
@@ -72,14 +97,30 @@ class Plan:
         if self.on_weight is not None:
             for handle in quantizer.weights(new):
                 self.on_weight(name, weight, quantizer.dequantize(handle, dtype=torch.float32), None)
+        self._untrimmed += weight.numel() * weight.element_size()
+        if self._untrimmed >= TRIM_EVERY:
+            self._untrimmed = 0
+            _trim()
 
-    def finish(self, model: nn.Module) -> None:
+    def finish(self, model: nn.Module, missing_keys: Iterable[str]) -> None:
         """Check that every target arrived, and write the note."""
-        missing = [n for n in self.selection.targets if n not in self.record.quantizers]
+        missing = [f"{n}.weight" for n in self.selection.targets if n not in self.record.quantizers]
+        missing += [k for k in missing_keys if k.rpartition(".")[0] in self.selection.targets]
         if missing:
-            raise BadFolder(f"the checkpoint has no weight for {len(missing)} layers, {missing[0]} first")
-        self.record.fingerprint = {n: (tuple(_shape(model, n)), s.tolist()) for n, s in self._samples.items()}
+            raise BadFolder(f"the checkpoint lacks {len(missing)} weights of its own model, {missing[0]} first")
+        for name in self.selection.targets:  # a bias that came after its weight
+            model.get_submodule(name).requires_grad_(False)
+        shapes = {n: tuple(_shape(model, n)) for n in self._samples}
+        self.record.fingerprint = marks.fingerprint(shapes, self._samples)
         marks.mark(model, self.record)
+        _trim()
+
+
+def _trim() -> None:
+    """Give the heap's free pages back: glibc keeps what was freed between two live tensors, floats by the gigabyte."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
@@ -119,36 +160,67 @@ def load_quantized(path: str, plan: Plan | None, device: torch.device | None, pr
     cls = model_class(path, kwargs)
     try:
         with _quiet(progress):
-            model = cls.from_pretrained(path, **kwargs)
-    except QftError:
+            model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+    except _Stop as stop:
+        raise stop.__cause__ from None
+    except (QftError, torch.cuda.OutOfMemoryError, MemoryError):
         raise
+    except ImportError as error:
+        raise MissingDependency(f"{path} cannot be loaded here: {_line(error)}") from error
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise BadOption(f"from_pretrained takes no such option: {_line(error)}") from error
+        raise BadFolder(f"cannot load a model from {path}: {_line(error)}") from error
     except Exception as error:
-        if plan is not None and plan.error is not None:
-            raise plan.error from error
-        if isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, torch.cuda.OutOfMemoryError):
-            raise BadFolder(f"cannot load a model from {path}: {error}") from error
-        raise
+        raise BadFolder(f"cannot load a model from {path}: {_line(error)}") from error
     if plan is not None:
-        if plan.error is not None:
-            raise plan.error
-        plan.finish(model)
+        plan.finish(model, info["missing_keys"])
     return model
 
 
-def model_class(path: str, kwargs: Mapping[str, Any]) -> Any:
+def _line(error: BaseException) -> str:
+    """An error's message on one line, without what transformers adds for its own developers."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_config(path: str, options: Mapping[str, Any]) -> Any:
+    """The transformers config of a folder or hub id.
+
+    Raises:
+        BadFolder: it has none that can be read.
+    """
+    import transformers
+
+    where = Path(path)
+    if where.is_dir() and not (where / "config.json").is_file() and "gguf_file" not in options:
+        raise BadFolder(f"{path} holds no config.json: give the folder of a model, as save_pretrained writes it")
+    if where.is_file():
+        raise BadFolder(f"{path} is a file: give the folder of a model, as save_pretrained writes it")
+    names = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only", "gguf_file")
+    try:
+        return transformers.AutoConfig.from_pretrained(path, **{k: options[k] for k in names if k in options})
+    except Exception as error:
+        if where.exists():
+            raise BadFolder(f"{where / 'config.json'} is no model config that can be read: {_line(error)}") from error
+        raise BadFolder(
+            f"cannot read a model from {path}: there is no such folder, and no model of that id in the cache or on the hub"
+        ) from error
+
+
+def stored_quantization(path: str, options: Mapping[str, Any]) -> str | None:
+    """The method that a checkpoint's own config names, or None for a float one."""
+    stored = getattr(read_config(path, options), "quantization_config", None)
+    if stored is None:
+        return None
+    get = stored.get if isinstance(stored, Mapping) else lambda key, other: getattr(stored, key, other)
+    return str(get("quant_method", "unknown"))
+
+
+def model_class(path: str, options: Mapping[str, Any]) -> Any:
     """The class that the model's own config names, else the causal language model that fits."""
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            path,
-            **{k: kwargs[k] for k in ("trust_remote_code", "revision", "token", "cache_dir", "gguf_file") if k in kwargs},
-        )
-    except Exception as error:
-        where = Path(path)
-        detail = "there is no such folder, and it is no model id that can be had here" if not where.exists() else str(error)
-        raise BadFolder(f"cannot read a model from {path}: {detail}") from error
-    for name in getattr(config, "architectures", None) or ():
+    for name in getattr(read_config(path, options), "architectures", None) or ():
         cls = getattr(transformers, name, None)
         if cls is not None:
             return cls

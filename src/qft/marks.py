@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qft.errors import PartlyQuantized
+from qft.errors import BadOption, PartlyQuantized
 from qft.quantizer import Quantizer
 from qft.registry import quantizer_of
 
@@ -45,6 +46,8 @@ class Record:
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model itself under PEFT's, data-parallel's and compile's wrappers."""
+    if not isinstance(model, nn.Module):
+        raise BadOption(f"give a torch module, not a {type(model).__name__}")
     while True:
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -100,12 +103,25 @@ def mark(model: nn.Module, record: Record) -> None:
     mark_for_transformers(model, record)
 
 
+@lru_cache
+def _sample_index(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    n = shape[0] * shape[1]
+    index = (torch.arange(SAMPLES) * n + n // 2) // SAMPLES
+    return (index // shape[1]).to(device), (index % shape[1]).to(device)
+
+
 def sample(weight: Tensor) -> Tensor:
     """A fixed sample of 64 entries of a weight, float32, evenly spread over its flattened (out, in) form."""
-    n = weight.numel()
-    index = (torch.arange(SAMPLES, device=weight.device) * n + n // 2) // SAMPLES
-    columns = weight.shape[-1]
-    return weight[index // columns, index % columns].float()
+    rows, columns = _sample_index(tuple(weight.shape), weight.device)
+    return weight[rows, columns].float()
+
+
+def fingerprint(shapes: dict[str, tuple[int, ...]], samples: dict[str, Tensor]) -> dict[str, Any]:
+    """Shapes and samples by layer name, as `Record.fingerprint` keeps them; one transfer from the device."""
+    if not samples:
+        return {}
+    values = torch.stack([s.to(next(iter(samples.values())).device) for s in samples.values()]).tolist()
+    return {name: (shapes[name], v) for name, v in zip(samples, values, strict=True)}
 
 
 def same_origin(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

@@ -22,12 +22,13 @@ from qft.errors import (
     BadFolder,
     BadOption,
     NeedsCalibration,
+    NeedsOriginal,
     QftWarning,
     UnsupportedDevice,
     UnsupportedOperation,
 )
 from qft.inits import InitRun, need_original, resolve_init
-from qft.loading import Plan, load_quantized
+from qft.loading import Plan, load_quantized, stored_quantization
 from qft.lora.layer import QftLinear
 from qft.lora.model import check_config, targeted
 from qft.originals import Originals
@@ -174,13 +175,15 @@ def _quantize_in_memory(model, spec, skip, device, progress, on_weight, prepare,
                 record.quantizers[name] = q
         if device is not None:
             model.to(device)
-    record.fingerprint = {n: (shapes[n], s.tolist()) for n, s in samples.items()}
+    record.fingerprint = marks.fingerprint(shapes, samples)
     marks.mark(model, record)
     return model
 
 
 def _quantize_path(path, spec, skip, device, progress, on_weight, prepare, options) -> nn.Module:
-    stored = _stored_quantization(path)
+    stored = stored_quantization(path, options)
+    if stored and on_weight is not None:
+        raise NeedsOriginal(f"{path} is quantized already ({stored}), and the init needs the float weights: load those")
     plan = None if stored else Plan(spec.quantizers, skip, on_weight, prepare)
     if plan is not None:
         for q in {q for q in spec.quantizers.values() if q is not None}:
@@ -192,20 +195,6 @@ def _quantize_path(path, spec, skip, device, progress, on_weight, prepare, optio
             raise BadFolder(f"{path} says that it is quantized ({stored}), and no quantized layer was found in it")
         return _already(model, record, spec)
     return model
-
-
-def _stored_quantization(path: str) -> str | None:
-    """The method that a checkpoint's own config names, or None for a float one."""
-    import json
-
-    config = Path(path) / "config.json"
-    if not config.is_file():
-        return None
-    try:
-        stored = json.loads(config.read_text()).get("quantization_config")
-    except (ValueError, UnicodeDecodeError, AttributeError) as error:
-        raise BadFolder(f"{config} is damaged: {error}") from error
-    return None if stored is None else str(stored.get("quant_method", "unknown"))
 
 
 def _already(model: nn.Module, record: marks.Record, spec: Spec) -> nn.Module:

@@ -252,6 +252,18 @@ class Quantizer(ABC):
 
     # ---- what every backend inherits ---------------------------------------------------------------------
 
+    def __post_init__(self) -> None:
+        """Check the options against their type hints; names of dtypes become dtypes, and ints floats where wanted.
+
+        A subclass that checks more calls this first.
+
+        Raises:
+            BadOption: a value that the option does not take.
+        """
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, f.name, _checked(self.name, f.name, getattr(self, f.name), hints[f.name]))
+
     def to_dict(self) -> dict[str, Any]:
         """Name and options as JSON values."""
         options = {f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
@@ -271,6 +283,9 @@ class Quantizer(ABC):
             if key not in known:
                 raise BadOption(f"{cls.name} has no option {key!r}; its options are {', '.join(known) or 'none'}")
             options[key] = _checked(cls.name, key, value, hints[key])
+        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]  # type: ignore[arg-type]
+        if missing := [n for n in required if n not in options]:
+            raise BadOption(f"{cls.name} needs {', '.join(missing)}: write {cls.name}:{missing[0]}=...")
         return cls(**options)
 
     @classmethod
@@ -313,12 +328,19 @@ def _checked(name: str, key: str, value: Any, hint: Any) -> Any:
     for kind in kinds:
         if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
             return value
-        if typing.get_origin(kind) is None and type(value) is kind:
+        if kind is Any or type(value) is kind:
+            return value
+        if isinstance(kind, type) and kind not in (int, float) and isinstance(value, kind):
             return value
         if typing.get_origin(kind) not in (None, Literal):
             return value
-    wants = " or ".join(getattr(k, "__name__", str(k)).replace("typing.Literal", "one of ") for k in kinds)
-    raise BadOption(f"{name}: {key}={value!r}; it wants {wants}")
+    raise BadOption(f"{name}: {key}={value!r}; it wants {' or '.join(map(_described, kinds))}")
+
+
+def _described(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    return {types.NoneType: "None", torch.dtype: "a torch dtype"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def as_dtype(value: str | torch.dtype) -> torch.dtype:

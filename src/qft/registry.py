@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import nn
 
-from qft.errors import BadOption, MissingDependency, UnknownQuantizer
+from qft.errors import BadOption, MissingDependency, QftError, UnknownQuantizer
 from qft.quantizer import Capabilities, Quantizer
 
 ENTRY_POINTS = "qft.quantizers"
@@ -32,7 +34,13 @@ class Entry:
         if not isinstance(self.target, str):
             return self.target
         module, _, attribute = self.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise MissingDependency(
+                f"the quantizer registered as {self.target!r} cannot be imported: {error}; install or repair its package"
+            ) from error
+        return _check_class(cls)
 
 
 _BNB = "qft.backends.bnb"
@@ -103,16 +111,30 @@ def register_quantizer(
     """
     if quantizer is None:
         return lambda cls: register_quantizer(name, cls, aliases=aliases, summary=summary, replace=replace)
-    if not name or any(c in name for c in ":,=* \t\n"):
-        raise BadOption(f"a quantizer cannot be called {name!r}: names have no spaces and none of ':,=*'")
-    if not isinstance(quantizer, str) and not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
-        raise BadOption(f"{quantizer!r} is no Quantizer class: subclass qft.Quantizer or qft.TensorQuantizer")
+    for n in (name, *aliases):
+        if not isinstance(n, str) or not n or any(c in n for c in ":,=* \t\n"):
+            raise BadOption(f"a quantizer cannot be called {n!r}: names are strings without spaces and ':,=*'")
+    if not isinstance(quantizer, str):
+        _check_class(quantizer)
     taken = [n for n in (name, *aliases) if _find(n, third_parties=False) is not None]
     if taken and not replace:
         raise BadOption(f"the name {taken[0]!r} is taken; pass replace=True to take it over")
     doc = summary or (quantizer.__doc__ or "").strip().partition("\n")[0] if not isinstance(quantizer, str) else summary
     _entries[name] = Entry(quantizer, {}, aliases, doc)
+    _owners.cache_clear()
     return quantizer
+
+
+def _check_class(cls: Any) -> type[Quantizer]:
+    if not (isinstance(cls, type) and issubclass(cls, Quantizer)):
+        raise BadOption(f"{cls!r} is no Quantizer class: subclass qft.Quantizer or qft.TensorQuantizer")
+    if not is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise BadOption(f"{cls.__name__} is no frozen dataclass: put @dataclass(frozen=True) right above the class")
+    if inspect.isabstract(cls):
+        raise BadOption(f"{cls.__name__} does not define {', '.join(sorted(cls.__abstractmethods__))}")
+    if not isinstance(getattr(cls, "name", None), str):
+        raise BadOption(f"{cls.__name__} has no name: give it one, such as name: ClassVar[str] = 'my8bit'")
+    return cls
 
 
 def _third_parties() -> dict[str, importlib.metadata.EntryPoint]:
@@ -131,6 +153,8 @@ def _find(name: str, *, third_parties: bool = True) -> Entry | None:
 
 
 def _entry(name: str) -> Entry:
+    if not isinstance(name, str):
+        raise BadOption(f"{name!r} is no name of a quantizer: a string is")
     entry = _find(name)
     if entry is None:
         known = [*_entries, *_third_parties()]
@@ -168,14 +192,16 @@ def _build(spec: Any) -> Quantizer:
     if isinstance(spec, Quantizer):
         return spec
     if isinstance(spec, type) and issubclass(spec, Quantizer):
-        return spec()
+        return _check_class(spec).from_dict({})
     if isinstance(spec, Mapping) and "name" in spec:
         entry = _entry(spec["name"])
         return entry.load().from_dict({**entry.options, **spec})
     if isinstance(spec, str):
         name, _, text = spec.strip().partition(":")
-        entry = _entry(name)
-        return entry.load().from_dict({**entry.options, **_parse_options(spec, text)})
+        cls, fixed, options = _entry(name).load(), _entry(name).options, _parse_options(spec, text)
+        if "name" in options:
+            raise BadOption(f"{name} has no option 'name', in {spec!r}: the name stands before the colon")
+        return cls.from_dict({**fixed, **options})
     config = _from_transformers(spec)
     if config is not None:
         return config
@@ -225,6 +251,10 @@ def _from_transformers(config: Any) -> Quantizer | None:
                 raise BadOption("llm_int8_has_fp16_weight keeps the weights in float16: nothing would be quantized")
             return BitsAndBytes8bit(threshold=config.llm_int8_threshold)
         raise BadOption("this BitsAndBytesConfig asks for neither load_in_4bit nor load_in_8bit")
+    if hasattr(config, "quant_method"):
+        raise UnknownQuantizer(
+            f"no quantizer here takes a {type(config).__name__}; known: {', '.join([*_entries, *_third_parties()])}"
+        )
     return None
 
 
@@ -233,9 +263,14 @@ def parse_spec(spec: Any) -> Spec:
     if isinstance(spec, Mapping) and "name" not in spec:
         if not spec or not all(isinstance(k, str) for k in spec):
             raise BadOption("a mapping of quantizers has module patterns as its keys, such as {'*.mlp.*': 'nf4'}")
-        return Spec({k: None if v is None else get_quantizer(v) for k, v in spec.items()})
-    skip = tuple(getattr(spec, "llm_int8_skip_modules", None) or ())
-    return Spec({"*": get_quantizer(spec)}, skip)
+        quantizers = {k: None if v is None else get_quantizer(v) for k, v in spec.items()}
+        return Spec(quantizers, tuple(dict.fromkeys(s for v in spec.values() for s in _skips(v))))
+    return Spec({"*": get_quantizer(spec)}, _skips(spec))
+
+
+def _skips(spec: Any) -> tuple[str, ...]:
+    """Modules that a transformers config leaves in float: they add to the default skips, and do not replace them."""
+    return tuple(getattr(spec, "llm_int8_skip_modules", None) or ())
 
 
 def capabilities(spec: Any) -> Capabilities:
@@ -252,24 +287,38 @@ def available_quantizers() -> Mapping[str, QuantizerInfo]:
     infos = {}
     entries = {**{n: Entry(f"{p.module}:{p.attr}") for n, p in _third_parties().items()}, **_entries}
     for name in sorted(entries, key=lambda n: (n not in _entries, n)):
-        entry = entries[name]
-        try:
-            cls = entry.load()
-            cls.check_installed()
-            infos[name] = QuantizerInfo(name, "ready", "", entry.summary)
-        except MissingDependency as error:
-            if hasattr(cls, "fallback"):
-                hint = f"through the reference quantizer, more slowly; {error}"
-                infos[name] = QuantizerInfo(name, "ready", hint, entry.summary)
-            else:
-                infos[name] = QuantizerInfo(name, "missing", str(error), entry.summary)
-        except Exception as error:
-            infos[name] = QuantizerInfo(name, "unusable", f"{type(error).__name__}: {error}", entry.summary)
+        infos[name] = _info(name, entries[name])
     return MappingProxyType(infos)
 
 
-def _classes() -> list[type[Quantizer]]:
-    return list(dict.fromkeys(entry.load() for entry in _entries.values()))
+def _info(name: str, entry: Entry) -> QuantizerInfo:
+    try:
+        cls = entry.load()
+    except Exception as error:  # a third party's module may raise anything
+        return QuantizerInfo(name, "unusable", f"{type(error).__name__}: {error}", entry.summary)
+    summary = entry.summary or (cls.__doc__ or "").strip().partition("\n")[0]
+    try:
+        cls.check_installed()
+    except MissingDependency as error:
+        if hasattr(cls, "fallback"):
+            return QuantizerInfo(name, "ready", f"through the reference quantizer, more slowly; {error}", summary)
+        return QuantizerInfo(name, "missing", str(error), summary)
+    return QuantizerInfo(name, "ready", "", summary)
+
+
+@lru_cache
+def _owners(cls: type[nn.Module]) -> tuple[type[Quantizer], ...]:
+    """The backends that may own layers of a class; looked up once a class, since models have thousands of modules."""
+    names = {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
+    found: dict[type[Quantizer], None] = {}
+    for entry in _entries.values():
+        try:
+            backend = entry.load()
+        except QftError:  # somebody's broken registration: their name says so when it is asked for
+            continue
+        if names.intersection(backend.layer_types):
+            found[backend] = None
+    return tuple(found)
 
 
 def quantizer_of(module: nn.Module) -> Quantizer | None:
@@ -280,13 +329,12 @@ def quantizer_of(module: nn.Module) -> Quantizer | None:
     own = module.__dict__.get("quantizer")  # a PackedLinear
     if isinstance(own, Quantizer):
         return own
-    for cls in _classes():
-        if cls.owns(module):
-            quantizer = cls.recognise(module)
-            if quantizer is not None:
-                quantizer.adopt(module)
-                module._qft_quantizer = quantizer
-                return quantizer
+    for cls in _owners(type(module)):
+        quantizer = cls.recognise(module)
+        if quantizer is not None:
+            quantizer.adopt(module)
+            module._qft_quantizer = quantizer
+            return quantizer
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import qft.marks as marks
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
 from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Quantizer, replace_module
+from qft.quantizer import Quantizer, is_conv1d, replace_module
 from qft.registry import get_quantizer, quantizer_of
 
 METHOD = "qft"
@@ -59,6 +60,12 @@ class QftConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> QftConfig:
+        # configs of submodules are copies of the model's: they must not keep a plan, and what it holds, alive
+        twin = copy.copy(self)
+        twin.__dict__.pop("plan", None)
+        return twin
+
 
 @register_quantizer(METHOD)
 class QftHfQuantizer(HfQuantizer):
@@ -92,8 +99,9 @@ class QftHfQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeOnLoad(self.plan)
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        return None  # constants keep the dtype that they were saved in
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        # transformers reserves this much on an accelerator before loading
+        return self.plan.element_size(param_name, param) if self.plan is not None else param.element_size()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.plan is not None:
@@ -134,8 +142,9 @@ def _build_packed_layers(model: nn.Module, config: QftConfig) -> None:
                 for key, (shape, dt) in template.items()
             }
             old = model.get_submodule(name)
+            # constants keep the dtypes that they were saved in; the layer shows the dtype that is loaded now
             layer = PackedLinear(
-                quantizers[index], packed, (out_features, in_features), getattr(torch, dtype), old.bias, kind
+                quantizers[index], packed, (out_features, in_features), old.weight.dtype, old.bias, kind
             )
             layer._is_hf_initialized = True
             replace_module(model, name, layer)
@@ -185,8 +194,7 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
         described: Any = describe_packed(model, record)
         described.qft_serializable = all(q.capabilities.serializable for q in quantizers)
     else:
-        skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and quantizer_of(m) is None]
-        described = quantizers[0].transformers_config(sorted(skipped)) if len(quantizers) == 1 else None
+        described = quantizers[0].transformers_config(_unquantized_linears(model)) if len(quantizers) == 1 else None
         if described is None:
             described = QftConfig(quantizers)
             described.qft_serializable = False
@@ -198,6 +206,14 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
     config.quantization_config = described
     if torch.cuda.device_count() > 1:  # Trainer would wrap in DataParallel, which copies packed weights wrongly
         model.is_parallelizable = model.model_parallel = True
+
+
+def _unquantized_linears(model: nn.Module) -> list[str]:
+    """What transformers must be told to leave in float, as it matches names: from the start, or by their ends."""
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+    quantized = [n for n in linears if quantizer_of(model.get_submodule(n)) is not None]
+    left = sorted(set(linears) - set(quantized))
+    return [f"^{n}$" if any(q.endswith(n) for q in quantized) else n for n in left]
 
 
 def unmark(model: nn.Module) -> None:
@@ -214,11 +230,13 @@ def unmark(model: nn.Module) -> None:
         "model_parallel",
     ):
         model.__dict__.pop(name, None)
-    config = getattr(model, "config", None)
-    for part in [config, *_sub_configs(config)]:
-        for name in ("quantization_config", "_is_quantized"):
-            if name in getattr(part, "__dict__", {}):
-                delattr(part, name)
+    # submodules may hold configs of their own, copies made while the model was built
+    configs = {id(c): c for m in model.modules() for c in (getattr(m, "config", None),) if c is not None}
+    for config in list(configs.values()):
+        for part in [config, *_sub_configs(config)]:
+            for name in ("quantization_config", "_is_quantized"):
+                if name in getattr(part, "__dict__", {}):
+                    delattr(part, name)
 
 
 def _sub_configs(config: Any) -> list[Any]:

@@ -46,12 +46,13 @@ def select(
     reasons = default_skips(model)
     chosen = Selection(experts=_fused_experts(model))
     for name, module in model.named_modules():
+        skipped = skips(name)
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
             continue
         quantizer = next((q for pattern, q in quantizers.items() if fnmatchcase(name, pattern)), None)
         if name in reasons:
             chosen.left[name] = reasons[name]
-        elif skips(name):
+        elif skipped:
             chosen.left[name] = "skipped by the caller"
         elif not is_float_linear(module):
             chosen.left[name] = f"a {type(module).__name__}, not a plain float linear"

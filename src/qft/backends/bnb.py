@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from qft.errors import BadOption, QftWarning
 from qft.lora.autograd import lora_linear
 from qft.packed import dequantizer
-from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, as_dtype, float_weight, is_conv1d
+from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, float_weight, is_conv1d
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEVICES = frozenset({"cpu", "cuda", "xpu"})
@@ -48,7 +49,8 @@ class _BitsAndBytes(Quantizer):
     def _shell(cls: type, source: nn.Module, shape: tuple[int, int], **options: Any) -> nn.Module:
         """An empty bitsandbytes layer for `source`, with its bias and without a float weight being drawn."""
         out_features, in_features = shape
-        layer = cls(in_features, out_features, bias=False, device="meta", **options)
+        with _no_init():
+            layer = cls(in_features, out_features, bias=False, device="meta", **options)
         layer.bias = source.bias
         layer.source_cls = type(source)
         layer._is_hf_initialized = True
@@ -77,13 +79,11 @@ class BitsAndBytes4bit(_BitsAndBytes):
     quant_storage: torch.dtype = torch.uint8
 
     def __post_init__(self):
+        super().__post_init__()
         if self.quant_type not in ("nf4", "fp4"):
             raise BadOption(f"bitsandbytes: quant_type={self.quant_type!r}; it is nf4 or fp4")
         if self.block_size not in BLOCK_SIZES:
             raise BadOption(f"bitsandbytes: block_size={self.block_size}; it is one of {BLOCK_SIZES}")
-        for field in ("compute_dtype", "quant_storage"):
-            if getattr(self, field) is not None:
-                object.__setattr__(self, field, as_dtype(getattr(self, field)))
         if self.compute_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
             raise BadOption(f"bitsandbytes: compute_dtype={self.compute_dtype}; it is a 16- or 32-bit float")
         if self.quant_storage not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32):
@@ -156,17 +156,29 @@ class BitsAndBytes4bit(_BitsAndBytes):
         return layer
 
     def _quantize(self, weight: Tensor) -> tuple[Tensor, Any]:
-        from bitsandbytes.functional import quantize_4bit
+        """Codes and state as `bitsandbytes.functional.quantize_4bit` makes them, without its wait for the device."""
+        from bitsandbytes.functional import QuantState, quantize_blockwise
 
         if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             weight = weight.float()
-        return quantize_4bit(
-            weight.contiguous(),
-            blocksize=self.block_size,
-            compress_statistics=self.double_quant,
-            quant_type=self.quant_type,
-            quant_storage=self.quant_storage,
+        data, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
+            weight.contiguous(), self.block_size, self.quant_type, self.quant_storage
         )
+        offset = state2 = None
+        if self.double_quant:
+            offset = absmax.mean()
+            absmax, state2 = quantize_blockwise(absmax - offset, blocksize=256)
+        state = QuantState(
+            absmax=absmax,
+            shape=weight.shape,
+            dtype=weight.dtype,
+            blocksize=self.block_size,
+            code=_codebook(self.quant_type, weight.device).clone(),
+            quant_type=self.quant_type,
+            offset=offset,
+            state2=state2,
+        )
+        return data, state
 
     def dequantize(
         self, weight: QuantizedWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
@@ -267,7 +279,8 @@ class BitsAndBytes8bit(_BitsAndBytes):
     threshold: float = 6.0
 
     def __post_init__(self):
-        if self.threshold < 0:
+        super().__post_init__()
+        if not self.threshold >= 0:
             raise BadOption(f"bitsandbytes: threshold={self.threshold}; it is zero or positive")
 
     @property
@@ -345,14 +358,38 @@ class BitsAndBytes8bit(_BitsAndBytes):
         return module.bias.dtype if module.bias is not None else torch.float16
 
 
+@lru_cache
+def _codebook(quant_type: str, device: torch.device) -> Tensor:
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(quant_type, device=device)
+
+
+@contextmanager
+def _no_init():
+    """Layers whose weight is set at once need no random one first; drawing it takes longer than quantizing."""
+    reset = nn.Linear.reset_parameters
+    nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Linear.reset_parameters = reset  # type: ignore[method-assign]
+
+
 def _state(module: nn.Module) -> Any:
     state = getattr(module.weight, "quant_state", None)
     return state if state is not None else getattr(module, "quant_state", None)
 
 
 def _int8(module: nn.Module) -> tuple[Tensor, Tensor]:
-    scale = module.weight.SCB if getattr(module.weight, "SCB", None) is not None else module.state.SCB
-    return module.weight.data, scale.view(-1)
+    """Codes and scales, which move from the weight to the layer's state at its first forward."""
+    codes, state = module.weight.data, module.state
+    scale = getattr(module.weight, "SCB", None)
+    if scale is None:
+        if state.SCB.device != codes.device:  # bitsandbytes leaves its state behind when a model moves
+            state.CB, state.SCB = codes, state.SCB.to(codes.device)
+        scale = state.SCB
+    return codes, scale.view(-1)
 
 
 def _misfit(state: Any) -> bool:

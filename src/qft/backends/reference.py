@@ -80,6 +80,7 @@ class Reference(TensorQuantizer):
     double_quant: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.format not in ("nf4", "fp4", "int"):
             raise BadOption(f"reference: format={self.format!r}; it is one of nf4, fp4, int")
         if self.format != "int" and self.bits != 4:
@@ -150,7 +151,9 @@ class Reference(TensorQuantizer):
         blocks = torch.nn.functional.pad(flat, (0, -n % self.group_size)).view(-1, self.group_size)
         absmax = blocks.abs().amax(1)
         scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
-        codes = order[torch.bucketize(scaled, bounds, out_int32=True)].view(-1)[: n + n % 2]
+        codes = order[torch.bucketize(scaled, bounds, out_int32=True)].view(-1)[:n]
+        if n % 2:
+            codes = torch.cat([codes, order[torch.bucketize(bounds.new_zeros(1), bounds)]])
         packed = {"qweight": codes[::2] << 4 | codes[1::2]}  # bitsandbytes puts the first code in the high bits
         return packed | (pack_constants(absmax, "absmax") if self.double_quant else {"absmax": absmax})
 

@@ -22,7 +22,9 @@ STAGES = {
 
 
 def command(
-    quantizer: Annotated[str, typer.Option(help="Its name, with options: 'nf4', 'reference:format=int,bits=3'.")] = "nf4",
+    quantizer: Annotated[
+        str, typer.Option(help="Its name, with options: 'nf4', 'reference:format=int,bits=3'.")
+    ] = "nf4",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 100,
     model: Annotated[
         str | None, typer.Option(help="A folder or a hub id.", show_default="SmolLM2-135M-Instruct, from a package")
@@ -72,11 +74,12 @@ def report(result: DemoResult, console: Console) -> None:
         if stage in result.perplexity:
             nbytes = _size(result.nbytes[stage]) if stage in result.nbytes else ""
             table.add_row(label, f"{result.perplexity[stage]:.3f}", nbytes)
+    tuning, total = result.seconds["tune"], result.seconds["total"]
     speed = f"{result.tokens_per_second:.0f} tokens/s on {result.device} in {result.dtype}"
     lines = [
         f"{result.model} in {result.quantizer}, {result.bits_per_weight:.2f} bits a quantized weight",
         table,
-        f"tuned for {result.steps} steps in {result.seconds['tune']:.0f} s: {speed}; {result.seconds['total']:.0f} s in all",
+        f"tuned for {result.steps} steps in {tuning:.0f} s: {speed}; {total:.0f} s in all",
     ]
     if result.gap is not None:
         lines.append(f"gap to the float model tuned identically: {result.gap:.1%}")

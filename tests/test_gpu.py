@@ -1,0 +1,110 @@
+"""What only a CUDA device shows; `pytest -m gpu` runs these and the kit's CUDA half."""
+
+import pytest
+import torch
+from models import BUILDERS, llama, logits, relative, train_a_little
+from peft import LoraConfig
+
+import qft
+
+pytestmark = pytest.mark.gpu
+
+SPECS = ["nf4", "fp4:double_quant=true", "int8", "reference", "reference:format=int,bits=3,group_size=32"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("architecture", BUILDERS)
+def test_tuned_model_merges_to_float(architecture, spec):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = BUILDERS[architecture]().cuda()
+    model = train_a_little(qft.quantize_and_wrap(model, spec, progress=False))
+    tuned = logits(model)
+    assert relative(logits(qft.merge_to_float(model, dtype=torch.float32)), tuned) < 1e-5
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = qft.merge(model)
+    assert 0 < report.survived < 1.2
+    qft.unmerge(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(logits(model), tuned)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_and_merges(spec, dtype):
+    model = train_a_little(qft.quantize_and_wrap(llama(dtype).cuda(), spec, progress=False), lr=2e-3)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    bound = 0.02 if dtype == torch.bfloat16 else 0.003
+    assert relative(logits(qft.merge_to_float(model)), logits(model)) < bound
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_same_weights_as_on_the_cpu(spec):
+    """One and the same codes, to rounding ties, wherever a model is quantized."""
+    cpu = qft.quantize(llama(), spec, progress=False)
+    cuda = qft.quantize(llama().cuda(), spec, progress=False)
+    assert relative(logits(cuda), logits(cpu)) < (0.02 if spec == "int8" else 2e-3)
+
+
+def test_quantizing_to_a_device_moves_everything():
+    model = qft.quantize(llama(), "nf4", device="cuda", progress=False)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_moving_a_quantized_model(spec):
+    model = qft.quantize_and_wrap(llama(), spec, progress=False)
+    there = logits(model.cuda())
+    back = logits(model.cpu())
+    assert relative(there, back) < 1e-4
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_save_and_load(tmp_path, spec):
+    model = train_a_little(qft.quantize_and_wrap(llama().cuda(), spec, progress=False))
+    qft.save(model, tmp_path / "adapter")
+    again = qft.load(tmp_path / "adapter", base=llama().cuda())
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_folder_goes_to_the_gpu(tmp_path):
+    llama(torch.bfloat16).save_pretrained(tmp_path)
+    model = qft.quantize_and_wrap(tmp_path, "nf4", progress=False, init="loftq")
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    other = qft.quantize_and_wrap(llama(torch.bfloat16).cuda(), "nf4", progress=False, init="loftq")
+    assert relative(logits(model), logits(other)) < 1e-2
+
+
+def test_autocast_trains():
+    model = qft.quantize_and_wrap(llama(torch.bfloat16).cuda(), "nf4", progress=False)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = logits(model.train()).float().square().mean()
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    assert grads and all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gradients_match_a_dequantized_float_copy(use_dora):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    from peft import get_peft_model
+
+    model = qft.quantize(llama().cuda(), "nf4", progress=False)
+    copy = qft.merge_to_float(model)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_dora=use_dora)
+    torch.manual_seed(0)
+    mine = qft.wrap(model, config)
+    theirs = get_peft_model(copy, config)
+    with torch.no_grad():
+        for (_, a), (_, b) in zip(_adapters(mine), _adapters(theirs), strict=True):
+            if a.ndim == 2:
+                a.normal_(std=0.05)
+            b.copy_(a)
+    for m in (mine, theirs):
+        logits(m).float().square().mean().backward()
+    for (name, a), (_, b) in zip(_adapters(mine), _adapters(theirs), strict=True):
+        assert relative(a.grad, b.grad) < 1e-4, name
+
+
+def _adapters(model):
+    return sorted((n, p) for n, p in model.named_parameters() if "lora_" in n)
