@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +40,10 @@ def app() -> typer.Typer:
 
 
 def main() -> None:
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # other libraries' advice to us, none of the user's business
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names kernels to fetch; qft bypasses them
+    warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
     app()()
 
 
@@ -61,6 +67,14 @@ def _load(file: Path) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.command
+
+
+def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """qft's own warnings are one line, like its errors."""
+    if category.__module__ == "qft.errors":
+        print("qft: warning:", " ".join(str(message).split()), file=sys.stderr)
+    else:
+        otherwise(message, category, *place)
 
 
 def _reporting(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,7 +31,7 @@ def quantized(model):
     """Name, layer, quantizer and handle of every quantized layer."""
     for name, module in model.named_modules():
         quantizer = quantizer_of(module)
-        if quantizer is not None:
+        if quantizer is not None and not hasattr(module, "base_layer"):
             yield name, module, quantizer, quantizer.weights(module)[0]
 
 

@@ -4,8 +4,6 @@
 >>> model = qft.quantize_and_wrap(model, "nf4")  # a peft.PeftModel, ready for any trainer
 """
 
-from typing import Any
-
 from qft import errors, lora
 from qft.audit import Audit, audit
 from qft.errors import *  # noqa: F403
@@ -26,6 +24,54 @@ from qft.saving import load, save
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "AdapterInit",
+    "AdapterMismatch",
+    "AlreadyQuantized",
+    "Audit",
+    "BadFolder",
+    "BadOption",
+    "BadShape",
+    "BitsAndBytes4bit",
+    "BitsAndBytes8bit",
+    "Capabilities",
+    "LoftQ",
+    "MergeReport",
+    "MissingDependency",
+    "NeedsCalibration",
+    "NeedsOriginal",
+    "NoTargets",
+    "NonFiniteWeights",
+    "PackedLinear",
+    "PartlyQuantized",
+    "QftError",
+    "QftWarning",
+    "QuantizedWeight",
+    "Quantizer",
+    "QuantizerInfo",
+    "Reference",
+    "TensorQuantizer",
+    "UnknownQuantizer",
+    "UnsupportedDevice",
+    "UnsupportedOperation",
+    "audit",
+    "available_quantizers",
+    "capabilities",
+    "errors",
+    "get_quantizer",
+    "load",
+    "merge",
+    "merge_to_float",
+    "prepare_model_for_kbit_training",
+    "quantize",
+    "quantize_and_wrap",
+    "register_quantizer",
+    "save",
+    "testing",
+    "unmerge",
+    "wrap",
+]
+
 _LAZY = {
     "Reference": "qft.backends.reference",
     "BitsAndBytes4bit": "qft.backends.bnb",
@@ -34,7 +80,11 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+def __getattr__(name: str) -> object:
     import importlib
 
     if name not in _LAZY:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from qft import marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
-from qft.quantizer import OnWeight, Quantizer, float_weight, is_conv1d, replace_module
+from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
+from qft.registry import quantizer_of
 from qft.selection import Selection, select
-
 
 TRIM_EVERY = 4 * 2**20
 """Bytes of float weights between two calls of `_trim`."""
@@ -47,10 +49,11 @@ class Plan:
         """Every check that needs no weights, on the empty model."""
         from qft.pipeline import settle
 
-        self.selection = settle(select(model, self.quantizers, self.skip), model)
+        selection = select(model, self.quantizers, self.skip)
+        self.selection = settle(selection, {name: model.get_submodule(name) for name in selection.targets})
         self.record.left, self.record.experts = self.selection.left, self.selection.experts
         if self.prepare is not None:
-            self.prepare(model)
+            self.prepare(model, self.selection.targets)
 
     def wants(self, parameter: str) -> bool:
         name, _, last = parameter.rpartition(".")
@@ -104,10 +107,10 @@ class Plan:
 
     def finish(self, model: nn.Module, missing_keys: Iterable[str]) -> None:
         """Check that every target arrived, and write the note."""
-        missing = [f"{n}.weight" for n in self.selection.targets if n not in self.record.quantizers]
-        missing += [k for k in missing_keys if k.rpartition(".")[0] in self.selection.targets]
+        missing = {f"{n}.weight" for n in self.selection.targets if n not in self.record.quantizers}
+        missing |= {k for k in missing_keys if k.rpartition(".")[0] in self.selection.targets}
         if missing:
-            raise BadFolder(f"the checkpoint lacks {len(missing)} weights of its own model, {missing[0]} first")
+            raise BadFolder(f"the checkpoint lacks {len(missing)} weights of its own model, {min(missing)} first")
         for name in self.selection.targets:  # a bias that came after its weight
             model.get_submodule(name).requires_grad_(False)
         shapes = {n: tuple(_shape(model, n)) for n in self._samples}
@@ -124,8 +127,6 @@ def _trim() -> None:
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
-    from qft.registry import quantizer_of
-
     module = model.get_submodule(name)
     return quantizer_of(module).weights(module)[0].shape
 
@@ -153,11 +154,15 @@ def load_quantized(path: str, plan: Plan | None, device: torch.device | None, pr
     if device is not None:
         kwargs.setdefault("device_map", {"": device})
     kwargs.setdefault("dtype", "auto")
+    if isinstance(kwargs["dtype"], str | torch.dtype) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = as_float_dtype(kwargs["dtype"])
     if plan is not None:
         config = QftConfig()
         config.plan = plan
         kwargs["quantization_config"] = config
     cls = model_class(path, kwargs)
+    if kwargs.get("variant") is None and "gguf_file" not in kwargs:
+        check_files(Path(path, kwargs.get("subfolder") or ""))
     try:
         with _quiet(progress):
             model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
@@ -175,12 +180,45 @@ def load_quantized(path: str, plan: Plan | None, device: torch.device | None, pr
         raise BadFolder(f"cannot load a model from {path}: {_line(error)}") from error
     if plan is not None:
         plan.finish(model, info["missing_keys"])
+    elif missing := _missing_codes(model, info["missing_keys"]):
+        raise BadFolder(f"{path} lacks {len(missing)} of the model's quantized weights, {min(missing)} first")
     return model
 
 
+def _missing_codes(model: nn.Module, missing_keys: Iterable[str]) -> list[str]:
+    """transformers draws missing weights at random, with a note in its log; a random head may be wanted, codes never."""
+    owners = {n for n, m in model.named_modules() if quantizer_of(m) is not None}
+    return [key for key in missing_keys if key.rpartition(".")[0] in owners]
+
+
 def _line(error: BaseException) -> str:
-    """An error's message on one line, without what transformers adds for its own developers."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The first sentence of an error's message."""
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
+
+
+def check_files(folder: Path) -> None:
+    """Raise `BadFolder`, with the file's name, where the weights of a local folder are incomplete or damaged.
+
+    Only headers are read. Pickled weights are left to transformers.
+    """
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadFolder(f"{index} is damaged: {_line(error)}") from error
+    else:
+        return
+    for file in files:
+        if not file.is_file():
+            raise BadFolder(f"{file} is missing: the folder is incomplete, download or save it again")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except Exception as error:
+            raise BadFolder(f"{file} is damaged, download or save it again: {_line(error)}") from error
 
 
 def read_config(path: str, options: Mapping[str, Any]) -> Any:
@@ -191,7 +229,7 @@ def read_config(path: str, options: Mapping[str, Any]) -> Any:
     """
     import transformers
 
-    where = Path(path)
+    where = Path(path, options.get("subfolder") or "")
     if where.is_dir() and not (where / "config.json").is_file() and "gguf_file" not in options:
         raise BadFolder(f"{path} holds no config.json: give the folder of a model, as save_pretrained writes it")
     if where.is_file():

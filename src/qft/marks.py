@@ -116,6 +116,11 @@ def sample(weight: Tensor) -> Tensor:
     return weight[rows, columns].float()
 
 
+def of_weight(weight: Tensor) -> tuple[tuple[int, ...], list[float]]:
+    """One weight's entry in `Record.fingerprint`."""
+    return tuple(weight.shape), sample(weight).tolist()
+
+
 def fingerprint(shapes: dict[str, tuple[int, ...]], samples: dict[str, Tensor]) -> dict[str, Any]:
     """Shapes and samples by layer name, as `Record.fingerprint` keeps them; one transfer from the device."""
     if not samples:

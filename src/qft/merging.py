@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from qft import marks
-from qft.errors import BadOption, UnsupportedOperation
+from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
 from qft.lora.layer import QftLinear, WeightMerge, compare_merge
-from qft.lora.model import QftLoraModel
-from qft.quantizer import QuantizedWeight, Quantizer, as_dtype
+from qft.lora.model import QftLoraModel, all_or_nothing
+from qft.quantizer import QuantizedWeight, Quantizer, as_float_dtype
 from qft.registry import quantizer_of
 from qft.saving import unmark
 
@@ -98,21 +98,15 @@ def merge(model: nn.Module) -> MergeReport:
     model.base_model._check_merge_allowed()
     for _, layer, names in plan:
         layer.check_merge(names)
-    report, done = MergeReport("quantized"), []
-    try:
+    report = MergeReport("quantized")
+    with all_or_nothing(model):
         for name, layer, names in plan:
             if names:
-                done.append(layer)
                 layer.merge(adapter_names=names)
                 report.weights[name] = layer.last_merge
         for module in marks.base_model(model).modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(module, QftLinear):
-                done.append(module)
                 module.merge(safe_merge=True)
-    except BaseException:
-        for layer in done:
-            layer.unmerge()
-        raise
     return report
 
 
@@ -148,7 +142,7 @@ def merge_to_float(model: nn.Module, *, dtype: str | torch.dtype | None = None) 
     if hasattr(model, "peft_config"):
         _require_adapters(model)
         model.base_model._check_merge_allowed()
-    wanted = None if dtype is None else as_dtype(dtype)
+    wanted = None if dtype is None else as_float_dtype(dtype)
     base = marks.base_model(model)
     report = MergeReport("float")
     memo: dict[int, Any] = {}
@@ -168,6 +162,7 @@ def merge_to_float(model: nn.Module, *, dtype: str | torch.dtype | None = None) 
         if kept is not None:
             base.__dict__["_qft"] = kept
     _clean(plain)
+    _settle_tie(plain)
     if wanted is not None:
         plain.to(wanted)
         if hasattr(plain, "config"):
@@ -181,6 +176,9 @@ def _float_counterpart(
     module: nn.Module, name: str, dtype: torch.dtype | None, report: MergeReport
 ) -> nn.Module | None:
     if isinstance(module, QftLinear):
+        if module.merged and module.disable_adapters:
+            module = copy.deepcopy(module)
+            module.unmerge()
         if module.merged:  # the base weight holds the adapters, as they survived
             handle = module.handle
             return _float_layer(module.quantizer, handle, module.quantizer.dequantize(handle, dtype=torch.float32), dtype)
@@ -195,10 +193,12 @@ def _float_counterpart(
         report.weights[name] = compare_merge(before, wanted, after.float())
         return new
     if isinstance(module, ModulesToSaveWrapper):
-        active = module.active_adapters[0] if module.active_adapters else None
+        active = None if module.disable_adapters or not module.active_adapters else module.active_adapters[0]
         return copy.deepcopy(module.modules_to_save[active] if active else module.original_module)
-    if isinstance(module, BaseTunerLayer):
+    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         twin = copy.deepcopy(module)
+        if hasattr(twin, "unload_and_optionally_merge_module"):
+            return twin.unload_and_optionally_merge_module(not twin.disable_adapters, safe_merge=True, adapter_names=None)
         if not twin.merged and not twin.disable_adapters:
             twin.merge(safe_merge=True)
         return twin.get_base_layer()
@@ -220,6 +220,8 @@ def _float_layer(
         raise UnsupportedOperation(f"{quantizer!r} cannot give its weights as floats (capability merge_to_float)")
     out_features, in_features = handle.shape
     bias = handle.bias if bias is None else bias
+    if float(value.abs().max()) > torch.finfo(dtype or handle.dtype).max:
+        raise NonFiniteWeights(f"a merged weight is too large for {dtype or handle.dtype}; dtype=torch.float32 holds it")
     with torch.device("meta"):
         if handle.kind == "conv1d":
             from transformers.pytorch_utils import Conv1D
@@ -233,6 +235,21 @@ def _float_layer(
         new.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
     new.train(handle.module.training)
     return new
+
+
+def _settle_tie(plain: nn.Module) -> None:
+    """Say in the config whether head and embedding still share their weight: training one of them parts them."""
+    config = getattr(plain, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    try:
+        head, embedding = plain.get_output_embeddings().weight, plain.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        return
+    if head is not embedding and torch.equal(head, embedding):
+        plain.tie_weights()
+    elif head is not embedding:
+        config.tie_word_embeddings = False
 
 
 def _clean(plain: nn.Module) -> None:

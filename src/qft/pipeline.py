@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,20 @@ from qft.errors import (
     BadOption,
     NeedsCalibration,
     NeedsOriginal,
+    QftError,
     QftWarning,
     UnsupportedDevice,
     UnsupportedOperation,
 )
+from qft.guard import as_it_was, refused_by_peft, rehearse, rehearse_load
 from qft.inits import InitRun, need_original, resolve_init
 from qft.loading import Plan, load_quantized, stored_quantization
 from qft.lora.layer import QftLinear
-from qft.lora.model import check_config, targeted
+from qft.lora.model import KEPT_INITS, check_config, check_saved_modules, fill_targets, targeted
 from qft.originals import Originals
 from qft.quantizer import OnWeight, Quantizer, float_weight
 from qft.registry import Spec, get_quantizer, parse_spec, quantizer_of
-from qft.saving import check_origin, restore_base
+from qft.saving import adapter_shapes, check_float_origin, check_origin, restore_base
 from qft.selection import Selection, check_finite, select
 
 # ---- quantize --------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def _quantize(
     device: Any = None,
     progress: bool = True,
     on_weight: OnWeight | None = None,
-    prepare: Callable[[nn.Module], None] | None = None,
+    prepare: Callable[[nn.Module, Iterable[str]], None] | None = None,
     load_options: dict[str, Any] | None = None,
 ) -> nn.Module:
     if spec.skip:
@@ -136,29 +138,30 @@ def _quantize_in_memory(model, spec, skip, device, progress, on_weight, prepare,
     if hasattr(model, "peft_config"):
         raise BadOption("this model has adapters: quantize first, then wrap")
     selection = select(model, spec.quantizers, skip)
-    for name in selection.targets:
-        if model.get_submodule(name).weight.is_meta:
+    layers = {name: model.get_submodule(name) for name in selection.targets}
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
             raise UnsupportedDevice(
                 f"{name}.weight is on the meta device and has no values: load the model, or give qft.quantize its folder"
             )
-    check_finite(model, selection.targets)
-    selection = settle(selection, model, device)
+    check_finite(layers)
+    selection = settle(selection, layers, device)
     if prepare is not None:
-        prepare(model)
+        prepare(model, selection.targets)
 
     record = marks.Record(left=selection.left, experts=selection.experts)
     shapes: dict[str, tuple[int, ...]] = {}
     samples: dict[str, Tensor] = {}
-    for name in selection.targets:
-        weight = float_weight(model.get_submodule(name))
+    for name, layer in layers.items():
+        weight = float_weight(layer)
         shapes[name], samples[name] = tuple(weight.shape), marks.sample(weight)
         record.float_bytes += weight.numel() * weight.element_size()
+    del layers, layer, weight  # from here on, each float weight goes when its quantized one has come
     order: dict[Quantizer, list[str]] = defaultdict(list)
     for name, q in selection.targets.items():
         order[q].append(name)
     with _all_or_marked(model, record, f"{len(selection.targets)} layers were to be quantized"):
         for q, names in order.items():
-
             bar = _bar(progress, f"quantizing to {q.name}")
             q.quantize(
                 model,
@@ -219,14 +222,16 @@ def _same(found: Quantizer, asked: Quantizer | None) -> bool:
     return all(a[k] == b[k] or b[k] is None or k in ("compute_dtype", "threshold") for k in a)
 
 
-def settle(selection: Selection, model: nn.Module, device: torch.device | None = None) -> Selection:
+def settle(
+    selection: Selection, layers: Mapping[str, nn.Module], device: torch.device | None = None
+) -> Selection:
     """Settle each quantizer's open options over its own targets, and check that it runs on their device."""
     groups: dict[Quantizer, list[str]] = defaultdict(list)
     for name, q in selection.targets.items():
         groups[q].append(name)
     for q, names in groups.items():
         q.check_installed()
-        weights = [(n, model.get_submodule(n)) for n in names]
+        weights = [(n, layers[n]) for n in names]
         settled = q.resolve([(n, tuple(float_weight(m).shape)) for n, m in weights])
         devices = {torch.device(device)} if device is not None else {m.weight.device for _, m in weights}
         for d in devices:
@@ -254,8 +259,11 @@ def check_device(device: Any) -> torch.device | None:
     count = torch.cuda.device_count()
     if device.type == "cuda" and (count == 0 or (device.index or 0) >= count):
         raise UnsupportedDevice(f"{device} was asked for, and this machine has {count} CUDA devices; try device='cpu'")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UnsupportedDevice("mps was asked for, and this machine has none; try device='cpu'")
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:
+            raise UnsupportedDevice(f"{device} was asked for, and this machine has none; try device='cpu'") from error
     return device
 
 
@@ -425,10 +433,10 @@ def wrap(
         raise BadOption("this model is not quantized: call qft.quantize first, or qft.quantize_and_wrap")
     if hasattr(model, "peft_config"):
         raise BadOption("this model has adapters already: model.add_adapter(name, config) adds another")
-    adapter = adapter if adapter is not None else default_adapter()
-    if not isinstance(adapter, LoraConfig):
+    adapter = _adapter(adapter)
+    if not _is_lora(adapter):
         if init is not None:
-            raise BadOption(f"init={init!r} is for LoRA adapters, not for {adapter.peft_type}")
+            raise BadOption(f"init={init!r} is for LoRA adapters, not for {adapter.peft_type.value}")
         return _wrap_other(model, adapter, record)
     chosen, adapter = resolve_init(init, adapter)
     check_adapter(model, adapter)
@@ -436,45 +444,63 @@ def wrap(
     if chosen is not None:
         if original is None:
             raise need_original(chosen)
-        _check_init(chosen, record)
+        _check_init(chosen, adapter, record.quantizers.values())
         run = InitRun(chosen, adapter, model)
         run.run_over(Originals.of(original, record))
     return _wrap_lora(model, adapter, run, record, forward)
 
 
+def _adapter(adapter: PeftConfig | None) -> PeftConfig:
+    if adapter is None:
+        return default_adapter()
+    if not isinstance(adapter, PeftConfig):
+        raise BadOption(
+            f"adapter= is a PEFT config, such as LoraConfig(r=16, target_modules='all-linear'), not {adapter!r}"
+        )
+    return adapter
+
+
+def _is_lora(adapter: PeftConfig) -> bool:
+    return adapter.peft_type == PeftType.LORA  # AdaLoRA's config is a subclass of LoraConfig
+
+
 def check_adapter(model: nn.Module, adapter: LoraConfig) -> None:
-    """Everything that can be wrong with a LoRA config over this model."""
-    check_config(model, adapter)
+    """Everything that can be wrong with a LoRA config over this model; targets that were left open are filled in."""
+    check_config(adapter)
+    fill_targets(model, adapter)
+    check_saved_modules(model, adapter)
     targeted(model, adapter)
 
 
-def _check_init(init: Any, record: marks.Record) -> None:
+def _check_init(init: Any, adapter: LoraConfig, quantizers: Iterable[Quantizer]) -> None:
+    quantizers = list(quantizers)
     bits = getattr(init, "bits", None)
-    have = {q.capabilities.bits for q in record.quantizers.values()}
+    have = {q.capabilities.bits for q in quantizers}
     if bits is not None and have != {bits}:
         raise BadOption(f"loftq_bits={bits}, and the model has {', '.join(f'{b:g}' for b in sorted(have))} bits a weight")
+    for q in quantizers:
+        if not q.capabilities.loftq:
+            raise UnsupportedOperation(f"{init!r} compares with the quantized weight, which {q!r} cannot give as floats")
+        if init.changes_base and not q.capabilities.iterated_loftq:
+            raise UnsupportedOperation(
+                f"{init!r} changes the quantized weights, which {q!r} cannot do (capability iterated_loftq); one step, "
+                "qft.LoftQ(), leaves them alone"
+            )
+    if 0 in (adapter.lora_alpha, *(adapter.alpha_pattern or {}).values()):
+        raise BadOption(f"lora_alpha is 0: the adapter could never do anything, and {init!r} cannot fit it")
 
 
 def _wrap_lora(model, adapter, run, record, forward) -> PeftModel:
-    record.forward = forward
+    before, record.forward = record.forward, forward
     try:
-        peft_model = get_peft_model(model, adapter)
-        if run is not None:
-            run.apply(peft_model, "default")
+        with as_it_was(model), refused_by_peft():
+            peft_model = get_peft_model(model, adapter)
+            if run is not None:
+                run.apply(peft_model, "default")
     except BaseException:
-        _unwrap(model)
+        record.forward = before
         raise
     return peft_model
-
-
-def _unwrap(model: nn.Module) -> None:
-    """Take out the layers of a wrapping that failed halfway."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QftLinear):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base_layer)
-    for leftover in ("peft_config",):
-        model.__dict__.pop(leftover, None)
 
 
 # methods that do not touch the weights, and those that PEFT has right layers for over bitsandbytes
@@ -482,25 +508,34 @@ _WEIGHTLESS = {PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING, PeftType.P_TUNING
 _OVER_BNB = {PeftType.ADALORA, PeftType.VERA, PeftType.IA3}
 
 
+_FLAGS = {"bitsandbytes_4bit": "is_loaded_in_4bit", "bitsandbytes_8bit": "is_loaded_in_8bit"}
+
+
 def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record) -> PeftModel:
-    kind = adapter.peft_type
-    if kind in _WEIGHTLESS:
+    _check_kind(adapter, record.quantizers.values())
+    with as_it_was(model), refused_by_peft(), _peft_flags(model, record):
         return get_peft_model(model, adapter)
-    names = {q.name for q in record.quantizers.values()}
-    flags = {"bitsandbytes_4bit": "is_loaded_in_4bit", "bitsandbytes_8bit": "is_loaded_in_8bit"}
-    if kind not in _OVER_BNB or not names <= set(flags):
-        over = ", ".join(sorted(names))
+
+
+def _check_kind(adapter: PeftConfig, quantizers: Iterable[Quantizer]) -> None:
+    """Refuse a method that PEFT is not known to get right over these quantizers."""
+    kind, names = adapter.peft_type, {q.name for q in quantizers}
+    if kind not in _WEIGHTLESS and (kind not in _OVER_BNB or not names <= set(_FLAGS)):
         raise UnsupportedOperation(
-            f"{kind.value} over {over} is not known to be right in PEFT, so qft refuses it; LoRA works over every "
-            "backend, and ADALORA, VERA and IA3 over bitsandbytes"
+            f"{kind.value} over {', '.join(sorted(names))} is not known to be right in PEFT, so qft refuses it; LoRA "
+            "works over every backend, and ADALORA, VERA and IA3 over bitsandbytes"
         )
-    # PEFT chooses its bitsandbytes layers by these flags; left on, they make TRL cast adapters to bf16
-    for name in names:
-        setattr(model, flags[name], True)
+
+
+@contextmanager
+def _peft_flags(model: nn.Module, record: marks.Record | None):
+    """PEFT chooses its bitsandbytes layers by these flags; left on, they make TRL cast adapters to bf16."""
+    for name in {q.name for q in record.quantizers.values()} & set(_FLAGS) if record is not None else ():
+        setattr(model, _FLAGS[name], True)
     try:
-        return get_peft_model(model, adapter)
+        yield
     finally:
-        for flag in flags.values():
+        for flag in _FLAGS.values():
             model.__dict__.pop(flag, None)
 
 
@@ -537,35 +572,38 @@ def quantize_and_wrap(
     """
     if forward not in ("dequantize", "native"):
         raise BadOption(f"forward={forward!r}; it is dequantize or native")
-    spec = parse_spec(quantizer)
-    adapter = adapter if adapter is not None else default_adapter()
+    adapter, spec = _adapter(adapter), parse_spec(quantizer)
+    quantizers = [q for q in spec.quantizers.values() if q is not None]
     run: InitRun | None = None
-    if isinstance(adapter, LoraConfig):
+    if _is_lora(adapter):
         chosen, adapter = resolve_init(init, adapter)
-        check_config(None, adapter)
-        run = InitRun(chosen, adapter) if chosen is not None else None
-        if chosen is not None and getattr(chosen, "bits", None) is not None:
-            have = {q.capabilities.bits for q in spec.quantizers.values() if q is not None}
-            if have != {chosen.bits}:
-                raise BadOption(f"loftq_bits={chosen.bits}, and {quantizer!r} has {have} bits a weight")
+        check_config(adapter)
+        if chosen is not None:
+            _check_init(chosen, adapter, quantizers)
+            run = InitRun(chosen, adapter)
     elif init is not None:
-        raise BadOption(f"init={init!r} is for LoRA adapters, not for {adapter.peft_type}")
+        raise BadOption(f"init={init!r} is for LoRA adapters, not for {adapter.peft_type.value}")
     else:
-        _check_other(adapter, spec)
+        _check_kind(adapter, quantizers)
     if isinstance(model_or_path, nn.Module):
         if dtype != "auto":
             raise BadOption("dtype= is for loading from a path; cast a model in memory yourself, before")
         already = marks.adopt(model_or_path)
+        if hasattr(model_or_path, "peft_config"):
+            raise BadOption("this model has adapters already: model.add_adapter(name, config) adds another")
         if already is not None and run is not None:
             raise need_original(run.init)
     else:
         load_options["dtype"] = dtype
 
-    def prepare(model: nn.Module) -> None:
-        if isinstance(adapter, LoraConfig):
+    def prepare(model: nn.Module, targets: Iterable[str]) -> None:
+        if _is_lora(adapter):
             check_adapter(model, adapter)
+            check_saved_modules(model, adapter, targets)
+        if model is model_or_path:
+            rehearse(model, adapter)
         if run is not None:
-            run.model = model
+            run.over(model)
 
     model = _quantize(
         model_or_path,
@@ -578,25 +616,17 @@ def quantize_and_wrap(
         prepare=prepare,
         load_options=load_options,
     )
-    prepare_model_for_kbit_training(model, use_gradient_checkpointing)
-    record = marks.record_of(model)
-    if not isinstance(adapter, LoraConfig):
-        return _wrap_other(model, adapter, record)
-    check_adapter(model, adapter)
-    peft_model = _wrap_lora(model, adapter, run, record, forward)
+    with as_it_was(model):
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing)
+        record = marks.record_of(model)
+        if not _is_lora(adapter):
+            return _wrap_other(model, adapter, record)
+        check_adapter(model, adapter)
+        peft_model = _wrap_lora(model, adapter, run, record, forward)
     if progress:
         trainable, total = peft_model.get_nb_trainable_parameters()
         print(f"  trainable: {trainable:,} parameters in {len(targeted_layers(peft_model))} layers", file=sys.stderr)
     return peft_model
-
-
-def _check_other(adapter: PeftConfig, spec: Spec) -> None:
-    record = marks.Record(quantizers={p: q for p, q in spec.quantizers.items() if q is not None})
-    kind = adapter.peft_type
-    names = {q.name for q in record.quantizers.values()}
-    if kind in _WEIGHTLESS or (kind in _OVER_BNB and names <= {"bitsandbytes_4bit", "bitsandbytes_8bit"}):
-        return
-    _wrap_other(nn.Module(), adapter, record)  # raises
 
 
 def targeted_layers(model: nn.Module) -> list[str]:
@@ -615,38 +645,58 @@ def load_adapter(
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise BadFolder(f"{folder / 'adapter_config.json'} is no adapter config that PEFT reads: {error}") from error
+    if hasattr(base, "peft_config"):
+        raise BadOption("the base has adapters already: model.load_adapter(folder, name) adds another")
+    if isinstance(base, nn.Module) and marks.adopt(base) is None:
+        if note is None:
+            raise BadOption("the base is a float model and the folder does not say how to quantize it: quantize it first")
+        check_float_origin(note, base)
+        rehearse_load(base, config, adapter_shapes(folder))
     model = _base_for(folder, base, config, note, kwargs)
     record = marks.adopt(model)
     if record is None:
         raise BadOption("the base is a float model and the folder does not say how to quantize it: quantize it first")
     if note is not None:
         check_origin(note, record)
-        record.forward = note.get("forward", "dequantize")
-    if hasattr(model, "peft_config"):
-        raise BadOption("the base has adapters already: model.load_adapter(folder, name) adds another")
-    if isinstance(config, LoraConfig):
-        config.init_lora_weights = True if config.init_lora_weights not in (True, False) else config.init_lora_weights
-    with _strict_load(model):
-        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
+    if _is_lora(config):
+        if config.init_lora_weights not in KEPT_INITS:
+            raise UnsupportedOperation(
+                f"this adapter was started with init_lora_weights={config.init_lora_weights!r}, which rewrote its base: "
+                "over any other base it is wrong; save it as a plain LoRA adapter with PEFT's "
+                "path_initial_model_for_weight_conversion, and load that"
+            )
+        config.init_lora_weights = True
+    else:
+        _check_kind(config, record.quantizers.values())
+    before, record.forward = record.forward, (note or {}).get("forward", record.forward)
+    try:
+        with as_it_was(model), _strict_load(), _peft_flags(model, None if _is_lora(config) else record):
+            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
+            if note is not None and note["base_changed"] and not record.base_changed:
+                restore_base(model, folder / "base", record)
+    except BaseException:
+        record.forward = before
+        raise
     if note is not None:
         record.init = note.get("init")
     return peft_model
 
 
 @contextmanager
-def _strict_load(model: nn.Module):
-    """PEFT warns of missing and unexpected adapter weights, and loads a mixture: refuse that."""
+def _strict_load():
+    """PEFT warns of missing adapter weights, and loads a mixture: refuse that."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             yield
+        except (QftError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
-            _unwrap(model)
-            raise BadFolder(f"this adapter does not fit this base: {error}") from error
+            raise BadFolder(f"this adapter does not fit this base: {' '.join(str(error).split())}") from error
+        for warning in caught:
+            if "missing adapter keys" in str(warning.message):
+                raise BadFolder(f"this adapter does not fit this base: {warning.message}")
     for warning in caught:
-        if "missing adapter keys" in str(warning.message):
-            _unwrap(model)
-            raise BadFolder(f"this adapter does not fit this base: {warning.message}")
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
@@ -661,10 +711,7 @@ def _base_for(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any] 
         record.fingerprint = note["fingerprint"]  # stored together: the same by construction
         record.base_changed = note["base_changed"]
         return model
-    model = _given_base(folder, base, config, note, kwargs)
-    if note is not None and note["base_changed"]:
-        restore_base(model, stored, marks.record_of(model))
-    return model
+    return _given_base(folder, base, config, note, kwargs)
 
 
 def _given_base(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any] | None, kwargs: Any) -> nn.Module:

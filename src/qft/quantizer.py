@@ -353,6 +353,14 @@ def as_dtype(value: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
+def as_float_dtype(value: str | torch.dtype) -> torch.dtype:
+    """`as_dtype`, where only a float type makes sense."""
+    dtype = as_dtype(value)
+    if not dtype.is_floating_point:
+        raise BadOption(f"dtype={value!r} is no float type: give float32, bfloat16 or float16")
+    return dtype
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' `Conv1D`, a linear layer with a weight of `(in_features, out_features)`."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

@@ -197,11 +197,11 @@ def _build(spec: Any) -> Quantizer:
         entry = _entry(spec["name"])
         return entry.load().from_dict({**entry.options, **spec})
     if isinstance(spec, str):
-        name, _, text = spec.strip().partition(":")
-        cls, fixed, options = _entry(name).load(), _entry(name).options, _parse_options(spec, text)
+        name, _, text = spec.partition(":")
+        entry, options = _entry(name.strip()), _parse_options(spec, text)
         if "name" in options:
-            raise BadOption(f"{name} has no option 'name', in {spec!r}: the name stands before the colon")
-        return cls.from_dict({**fixed, **options})
+            raise BadOption(f"there is no option 'name', in {spec!r}: the name stands before the colon")
+        return entry.load().from_dict({**entry.options, **options})
     config = _from_transformers(spec)
     if config is not None:
         return config

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import glob
 import json
 import os
+import platform
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,9 +23,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import qft.marks as marks
+from qft.backends.unquantized import is_float_linear
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
 from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Quantizer, is_conv1d, replace_module
+from qft.quantizer import Quantizer, float_weight, is_conv1d, replace_module
 from qft.registry import get_quantizer, quantizer_of
 
 METHOD = "qft"
@@ -92,6 +95,9 @@ class QftHfQuantizer(HfQuantizer):
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
+
+    def get_state_dict_and_metadata(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        return _bare_state_dict(model), {}  # whatever state dict save_pretrained was given, it takes this one
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return self.plan is not None and self.plan.wants(param_name)
@@ -252,12 +258,16 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     Files of the old folder that the new one does not write are kept.
     """
-    final = Path(folder)
+    final = _path(folder)
     if final.exists() and not final.is_dir():
         raise BadFolder(f"{final} is a file, and a folder is to be written there")
+    host = f".{final.name}.partial-{platform.node()}-"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.parent / f".{final.name}.partial-{os.getpid()}"
+        for left in final.parent.glob(f"{glob.escape(host)}*"):  # by a process that was killed
+            if not _alive(left.name.removeprefix(host)):
+                shutil.rmtree(left, ignore_errors=True)
+        partial = final.parent / f"{host}{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     except OSError as error:
@@ -277,6 +287,19 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         raise BadFolder(f"cannot write to {final}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _path(folder: Any) -> Path:
+    try:
+        return Path(folder)
+    except TypeError:
+        raise BadOption(f"give the path of a folder, not a {type(folder).__name__}") from None
+
+
+def _alive(pid: str) -> bool:
+    import psutil  # comes with accelerate and PEFT
+
+    return pid.isdecimal() and psutil.pid_exists(int(pid))
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, base: bool = False) -> None:
@@ -345,11 +368,16 @@ def read_note(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         note = json.loads(path.read_text())
         if note["format"] != 1:
             raise BadFolder(f"{path} has format {note['format']}, which this version of qft does not read")
-        note["fingerprint"] = {n: (tuple(s), list(v)) for n, (s, v) in note["fingerprint"].items()}
+        note["fingerprint"] = {n: (tuple(s), [float(x) for x in v]) for n, (s, v) in note["fingerprint"].items()}
+        names = [q["name"] for q in note["quantizers"]]
+        note["layers"] = {str(n): range(len(names))[i] for n, i in note["layers"].items()}
+        for flag in ("base_stored", "base_changed"):
+            if not isinstance(note[flag], bool):
+                raise TypeError(f"{flag} is {note[flag]!r}")
         return note
     except BadFolder:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadFolder(f"{path} is not a file that qft wrote, or is damaged: {error!r}") from error
 
 
@@ -359,18 +387,17 @@ def _save_base(model: nn.Module, folder: Path, record: marks.Record) -> None:
     bad = [q for q in record.quantizers.values() if not q.capabilities.serializable]
     if bad:
         raise UnsupportedOperation(f"the base must be stored too, and {bad[0]!r} cannot be (capability serializable)")
-    state = {k: v for k, v in _bare_state_dict(base).items()}
     if hasattr(base, "save_pretrained"):
         if base.hf_quantizer is not None and not base.hf_quantizer.is_serializable():
             raise UnsupportedOperation(
                 "the base must be stored too, and a model with several quantizers has no format of its own yet"
             )
-        _save_pretrained_bare(base, folder, state)
+        _save_pretrained_bare(base, folder)
     else:
         from safetensors.torch import save_file
 
         folder.mkdir()
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in _bare_state_dict(base).items()}, folder / "model.safetensors")
 
 
 def _bare_state_dict(base: nn.Module) -> dict[str, torch.Tensor]:
@@ -383,12 +410,12 @@ def _bare_state_dict(base: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _save_pretrained_bare(base: nn.Module, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+def _save_pretrained_bare(base: nn.Module, folder: Path) -> None:
     # transformers saves only adapters where it sees any
     loaded = base.__dict__.pop("_hf_peft_config_loaded", None)
     peft_config = base.__dict__.pop("peft_config", None)
     try:
-        base.save_pretrained(folder, state_dict=dict(state))
+        base.save_pretrained(folder)
     finally:
         if loaded is not None:
             base._hf_peft_config_loaded = loaded
@@ -412,16 +439,25 @@ def restore_base(model: nn.Module, folder: Path, record: marks.Record) -> None:
                     owner = next((n for n in names if key.startswith(n + ".")), None)
                     if owner is not None:
                         tensors[owner][key.removeprefix(owner + ".")] = file.get_tensor(key)
-        for name, state in tensors.items():
-            if not state:
-                raise BadFolder(f"{folder} holds nothing for {name}: it is the base of another model, or incomplete")
-            quantizer = record.quantizers[name]
-            quantizer.load_state(quantizer.weights(model.get_submodule(name))[0], state)
-    except BadFolder:
-        raise
     except Exception as error:
         raise BadFolder(f"cannot read the base in {folder}: {error}") from error
+    layers = {n: m for n, m in _bare_layers(marks.base_model(model)) if quantizer_of(m) is not None and n in tensors}
+    for name, state in tensors.items():  # all of it before the first layer changes
+        here = layers[name].state_dict()
+        wrong = [k for k in here if k != "bias" and not _alike(k, here[k], state.get(k))]
+        if wrong:
+            raise BadFolder(f"{folder} holds no fitting {name}.{wrong[0]}: it is the base of another model, or incomplete")
+    for name, state in tensors.items():
+        quantizer = record.quantizers[name]
+        quantizer.load_state(quantizer.weights(layers[name])[0], state)
     record.base_changed = True
+
+
+def _alike(key: str, here: torch.Tensor, there: torch.Tensor | None) -> bool:
+    if there is None:
+        return False
+    # bitsandbytes keeps its options as JSON in a tensor of bytes
+    return "quant_state." in key or (here.shape, here.dtype) == (there.shape, there.dtype)
 
 
 def load(folder: str | os.PathLike[str], base: Any = None, *, is_trainable: bool = False, **kwargs: Any) -> nn.Module:
@@ -444,7 +480,7 @@ def load(folder: str | os.PathLike[str], base: Any = None, *, is_trainable: bool
     """
     from qft.pipeline import load_adapter
 
-    folder = Path(folder)
+    folder = _path(folder)
     if not (folder / "adapter_config.json").is_file():
         what = "has no adapter_config.json" if folder.is_dir() else "does not exist"
         raise BadFolder(f"{folder} {what}: give the folder of an adapter, as qft.save or PEFT writes it")
@@ -469,6 +505,37 @@ def check_adapter_files(folder: Path) -> None:
         raise BadFolder(f"{weights} is damaged: {error}") from error
 
 
+def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in an adapter's file, by their names in it."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def check_float_origin(note: dict[str, Any], base: nn.Module) -> None:
+    """Compare an adapter's note with a float base, before that is quantized.
+
+    Raises:
+        AdapterMismatch: other original weights.
+    """
+    modules = dict(base.named_modules())
+    absent = [n for n in note["layers"] if n not in modules or not is_float_linear(modules[n])]
+    if absent:
+        raise AdapterMismatch(
+            f"this adapter was trained over another kind of model: {len(absent)} of its {len(note['layers'])} quantized "
+            f"layers are no linear layers of this {type(base).__name__}, {absent[0]} first"
+        )
+    _check_fingerprints(note, {n: marks.of_weight(float_weight(modules[n])) for n in note["fingerprint"] if n in modules})
+
+
+def _check_fingerprints(note: dict[str, Any], here: dict[str, Any]) -> None:
+    differ = marks.same_origin(note["fingerprint"], here)
+    if differ:
+        raise AdapterMismatch(
+            f"this adapter was trained over other original weights: {len(differ)} of {len(note['fingerprint'])} "
+            f"layers differ, {differ[0]} first; load the base that it was trained over"
+        )
+
+
 def check_origin(note: dict[str, Any], record: marks.Record) -> None:
     """Compare an adapter's note with the base it is loaded over.
 
@@ -476,12 +543,7 @@ def check_origin(note: dict[str, Any], record: marks.Record) -> None:
         AdapterMismatch: other original weights.
     """
     if note["fingerprint"] and record.fingerprint:
-        differ = marks.same_origin(note["fingerprint"], record.fingerprint)
-        if differ:
-            raise AdapterMismatch(
-                f"this adapter was trained over other original weights: {len(differ)} of {len(note['fingerprint'])} "
-                f"layers differ, {differ[0]} first; load the base that it was trained over"
-            )
+        _check_fingerprints(note, record.fingerprint)
     else:
         warnings.warn(
             "whether this adapter belongs to this base cannot be checked: one of them has no fingerprint of the "

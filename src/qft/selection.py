@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qft.backends.unquantized import is_float_linear
-from qft.errors import BadOption, NoTargets
+from qft.errors import BadOption, NonFiniteWeights, NoTargets
 from qft.quantizer import Quantizer, float_weight, is_conv1d
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -141,9 +142,17 @@ def linear_targets(model: nn.Module, is_quantized) -> list[str]:
     reasons = default_skips(model)
     out_of_question = {"the output head", "a head on top of the base model", "a router"}
     head = _output_embeddings(model)
-    names = []
+    names, adapted = [], ()
     for name, module in model.named_modules():
-        if module is head or reasons.get(name) in out_of_question:
+        if name.startswith(adapted):
+            continue
+        is_head = module is head
+        if hasattr(module, "base_layer"):  # it has an adapter already: it is one layer, not the layers inside it
+            adapted += (name + ".",)
+            module = module.base_layer
+        elif hasattr(module, "original_module"):  # PEFT trains it whole
+            adapted += (name + ".",)
+        if is_head or reasons.get(name) in out_of_question:
             continue
         if is_quantized(module) or is_float_linear(module):
             tied = reasons.get(name, "").startswith("its weight is shared")
@@ -183,23 +192,18 @@ def _fused_experts(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def check_finite(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise `NonFiniteWeights`, by name, if a target weight holds NaN or infinity. One read of each weight."""
-    import torch
-
-    from qft.errors import NonFiniteWeights
-
-    names = list(names)
-    # a finite sum in float32 means finite terms; the exact look is for the rare others
-    sums = [float_weight(model.get_submodule(n)).sum(dtype=torch.float32) for n in names]
-    by_device: dict[Any, list[int]] = defaultdict(list)
-    for i, s in enumerate(sums):
-        by_device[s.device].append(i)
-    for indices in by_device.values():
-        finite = torch.stack([sums[i] for i in indices]).isfinite().tolist()
-        for i, ok in zip(indices, finite, strict=True):
-            if not ok and not float_weight(model.get_submodule(names[i])).isfinite().all():
+def check_finite(layers: Mapping[str, nn.Module]) -> None:
+    """Raise `NonFiniteWeights`, by name, if a layer's weight holds NaN or infinity. One read of each weight."""
+    by_device: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
+    for name, layer in layers.items():
+        # a finite sum in float32 means finite terms; the exact look is for the rare others
+        total = float_weight(layer).sum(dtype=torch.float32)
+        by_device[total.device][name] = total
+    for sums in by_device.values():
+        finite = torch.stack(list(sums.values())).isfinite().tolist()
+        for name, ok in zip(sums, finite, strict=True):
+            if not ok and not float_weight(layers[name]).isfinite().all():
                 raise NonFiniteWeights(
-                    f"{names[i]}.weight holds NaN or infinity: quantizing it would spread them; repair the checkpoint, "
-                    "or leave this weight in float with skip="
+                    f"{name}.weight holds NaN or infinity: quantizing it would spread them; repair the checkpoint, or "
+                    "leave this weight in float with skip="
                 )

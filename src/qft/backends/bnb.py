@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -48,9 +47,11 @@ class _BitsAndBytes(Quantizer):
     @staticmethod
     def _shell(cls: type, source: nn.Module, shape: tuple[int, int], **options: Any) -> nn.Module:
         """An empty bitsandbytes layer for `source`, with its bias and without a float weight being drawn."""
-        out_features, in_features = shape
-        with _no_init():
-            layer = cls(in_features, out_features, bias=False, device="meta", **options)
+        layer = copy.copy(_prototype(cls, tuple(options.items())))
+        for name, value in layer.__dict__.items():  # parameters, hooks and state are the layer's own
+            if isinstance(value, dict | set) or name == "state":
+                layer.__dict__[name] = copy.copy(value)
+        layer.out_features, layer.in_features = shape
         layer.bias = source.bias
         layer.source_cls = type(source)
         layer._is_hf_initialized = True
@@ -365,15 +366,10 @@ def _codebook(quant_type: str, device: torch.device) -> Tensor:
     return get_4bit_type(quant_type, device=device)
 
 
-@contextmanager
-def _no_init():
-    """Layers whose weight is set at once need no random one first; drawing it takes longer than quantizing."""
-    reset = nn.Linear.reset_parameters
-    nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Linear.reset_parameters = reset  # type: ignore[method-assign]
+@lru_cache
+def _prototype(cls: type, options: tuple[tuple[str, Any], ...]) -> nn.Module:
+    """One empty layer to copy: constructing each anew, with a random weight, takes longer than quantizing it."""
+    return cls(1, 1, bias=False, device="meta", **dict(options))
 
 
 def _state(module: nn.Module) -> Any:
@@ -383,13 +379,11 @@ def _state(module: nn.Module) -> Any:
 
 def _int8(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Codes and scales, which move from the weight to the layer's state at its first forward."""
-    codes, state = module.weight.data, module.state
-    scale = getattr(module.weight, "SCB", None)
-    if scale is None:
-        if state.SCB.device != codes.device:  # bitsandbytes leaves its state behind when a model moves
-            state.CB, state.SCB = codes, state.SCB.to(codes.device)
-        scale = state.SCB
-    return codes, scale.view(-1)
+    codes = module.weight.data
+    holder = module.weight if getattr(module.weight, "SCB", None) is not None else module.state
+    if holder.SCB.device != codes.device:  # bitsandbytes leaves the scales behind when a whole model moves
+        holder.CB, holder.SCB = codes, holder.SCB.to(codes.device)
+    return codes, holder.SCB.view(-1)
 
 
 def _misfit(state: Any) -> bool:

@@ -79,7 +79,7 @@ def report(result: DemoResult, console: Console) -> None:
     lines = [
         f"{result.model} in {result.quantizer}, {result.bits_per_weight:.2f} bits a quantized weight",
         table,
-        f"tuned for {result.steps} steps in {tuning:.0f} s: {speed}; {total:.0f} s in all",
+        f"tuned for {result.steps} step{'s' * (result.steps > 1)} in {tuning:.0f} s: {speed}; {total:.0f} s in all",
     ]
     if result.gap is not None:
         lines.append(f"gap to the float model tuned identically: {result.gap:.1%}")

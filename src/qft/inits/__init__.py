@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from qft.errors import BadOption, NeedsOriginal, UnsupportedOperation
+from qft.errors import AdapterMismatch, BadOption, NeedsOriginal, UnsupportedOperation
 from qft.lora.layer import QftLinear
 from qft.lora.model import KEPT_INITS, targeted
 from qft.marks import record_of
@@ -72,19 +72,21 @@ class InitRun:
 
     def __post_init__(self):
         self.values: dict[str, tuple[Tensor, Tensor]] = {}
-        self._matches: dict[str, int] | None = None
+        self.ranks: dict[str, int] = {}
+        if self.model is not None:
+            self.over(self.model)
+
+    def over(self, model: nn.Module) -> None:
+        """Take `model` as the one to start adapters on; its targets are what the config matches now."""
+        self.model, self.ranks = model, targeted(model, self.config)
 
     def rank_and_scaling(self, name: str) -> tuple[int, float] | None:
         """r and s of the adapter on this layer, or None where there is none."""
-        from peft.tuners.tuners_utils import check_target_module_exists
         from peft.utils.other import get_pattern_key
 
-        config = self.config
-        if config.target_modules != "all-linear":
-            hit = check_target_module_exists(config, name)
-            if not hit or type(hit).__name__ == "_ExcludedModule":
-                return None
-        rank = (config.rank_pattern or {}).get(get_pattern_key((config.rank_pattern or {}).keys(), name), config.r)
+        config, rank = self.config, self.ranks.get(name)
+        if rank is None:
+            return None
         alpha = (config.alpha_pattern or {}).get(
             get_pattern_key((config.alpha_pattern or {}).keys(), name), config.lora_alpha
         )
@@ -122,13 +124,30 @@ class InitRun:
         self.values[name] = (a.cpu(), b.cpu())
 
     def run_over(self, original: Callable[[str], Tensor]) -> None:
-        """Collect over a model that was quantized before, its float weights given by name."""
-        for name in targeted(self.model, self.config):
-            if quantizer_of(self.model.get_submodule(name)) is None:
-                continue
-            quantizer, handle = _quantizer_and_handle(self.model, name)
-            quantized = quantizer.dequantize(handle, dtype=torch.float32)
-            self.on_weight(name, original(name).to(quantized.device), quantized, None)
+        """Collect over a model that was quantized before, its float weights given by name.
+
+        Raises:
+            AdapterMismatch: a weight of another shape. Where anything is raised, the quantized weights are as they were.
+        """
+        changed = []
+        try:
+            for name in self.ranks:
+                if quantizer_of(self.model.get_submodule(name)) is None:
+                    continue
+                quantizer, handle = _quantizer_and_handle(self.model, name)
+                quantized, weight = quantizer.dequantize(handle, dtype=torch.float32), original(name)
+                if weight.shape != quantized.shape:
+                    raise AdapterMismatch(
+                        f"the original's {name} is {tuple(weight.shape)}, and the model's {tuple(quantized.shape)}: it is "
+                        "the original of another model"
+                    )
+                if self.init.changes_base:
+                    changed.append((quantizer, handle, quantizer.snapshot(handle)))
+                self.on_weight(name, weight.to(quantized.device), quantized, None)
+        except BaseException:
+            for quantizer, handle, saved in changed:
+                quantizer.restore(handle, saved)
+            raise
 
     def apply(self, peft_model: nn.Module, adapter_name: str) -> None:
         """Fill the adapters of a freshly wrapped model with what was collected."""
@@ -172,8 +191,8 @@ def resolve_init(init: Any, config: LoraConfig) -> tuple[AdapterInit | None, Lor
     if init is None and isinstance(asked, str) and asked not in KEPT_INITS:
         if asked != "loftq":
             raise BadOption(
-                f"init_lora_weights={asked!r} rewrites the float base weights, which a quantized base does not have; "
-                "init='loftq' starts from the quantization error instead"
+                f"init_lora_weights={asked!r} is none that works over a quantized base, which has no float weights to "
+                "start from or rewrite; init='loftq' starts from the quantization error instead"
             )
         options = dict(config.loftq_config or {})
         steps = options.pop("loftq_iter", 1)

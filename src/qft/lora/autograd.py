@@ -32,45 +32,43 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx, x, bias, dequantize, scalings, has_dropped, has_bias, *tensors):
         dtype = x.dtype
         weight = dequantize(dtype)
-        flat = x.reshape(-1, x.shape[-1])
-        y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(dtype))
+        y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(dtype))
         del weight
         saved, rest = [], list(tensors)
         for scaling, dropped, biased in zip(scalings, has_dropped, has_bias, strict=True):
             a, b = rest.pop(0).to(dtype), rest.pop(0).to(dtype)
-            xi = rest.pop(0).reshape(flat.shape) if dropped else flat
+            xi = rest.pop(0) if dropped else x
             h = xi @ a.T
             y.addmm_(h, b.T, alpha=scaling)
             if biased:
                 y.add_(rest.pop(0).to(dtype), alpha=scaling)
             saved += [a, b, h] + ([xi] if dropped else [])
-        ctx.save_for_backward(flat, *saved)
-        ctx.dequantize, ctx.scalings, ctx.shape = dequantize, scalings, x.shape
+        ctx.save_for_backward(x, *saved)
+        ctx.dequantize, ctx.scalings = dequantize, scalings
         ctx.has_dropped, ctx.has_bias = has_dropped, has_bias
         ctx.dtypes = [t.dtype for t in tensors]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        flat, *saved = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        if g.dtype != flat.dtype:
-            g = g.to(flat.dtype)
+    def backward(ctx, g):
+        x, *saved = ctx.saved_tensors
+        if g.dtype != x.dtype:
+            g = g.to(x.dtype)
         need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        gx = g @ ctx.dequantize(flat.dtype) if need_x else None
+        gx = g @ ctx.dequantize(x.dtype) if need_x else None
         gbias = g.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
         needs, grads, at = ctx.needs_input_grad[6:], [], 0
         for scaling, dropped, biased in zip(ctx.scalings, ctx.has_dropped, ctx.has_bias, strict=True):
             a, b, h = saved.pop(0), saved.pop(0), saved.pop(0)
-            xi = saved.pop(0) if dropped else flat
+            xi = saved.pop(0) if dropped else x
             gh = g @ b if needs[at] or need_x or (dropped and needs[at + 2]) else None
             grads.append((gh.T @ xi).mul_(scaling).to(ctx.dtypes[at]) if needs[at] else None)
             grads.append((g.T @ h).mul_(scaling).to(ctx.dtypes[at + 1]) if needs[at + 1] else None)
             at += 2
             if dropped:
-                grads.append((gh @ a).mul_(scaling).reshape(ctx.shape) if needs[at] else None)
+                grads.append((gh @ a).mul_(scaling) if needs[at] else None)
                 at += 1
             elif need_x:
                 gx.addmm_(gh, a, alpha=scaling)
@@ -79,7 +77,7 @@ class _LoraLinear(torch.autograd.Function):
                     g.sum(0, dtype=torch.float32).mul_(scaling).to(ctx.dtypes[at]) if needs[at] else None
                 )
                 at += 1
-        return gx if gx is None else gx.reshape(ctx.shape), gbias, None, None, None, None, *grads
+        return gx, gbias, None, None, None, None, *grads
 
 
 def lora_linear(
@@ -103,13 +101,18 @@ def lora_linear(
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
         updates = [u._replace(dropped=None if u.dropped is None else u.dropped.to(x.dtype)) for u in updates]
+    # flattened out here: what an autograd function returns must be no view, or it cannot be changed in place
+    shape = x.shape[:-1]
     tensors: list[Tensor] = []
     for u in updates:
         tensors += [u.A, u.B]
-        tensors += [t for t in (u.dropped, u.bias) if t is not None]
+        if u.dropped is not None:
+            tensors.append(u.dropped.reshape(-1, x.shape[-1]))
+        if u.bias is not None:
+            tensors.append(u.bias)
     with torch.autocast(device, enabled=False):
-        return _LoraLinear.apply(
-            x,
+        y = _LoraLinear.apply(
+            x.reshape(-1, x.shape[-1]),
             bias,
             dequantize,
             tuple(u.scaling for u in updates),
@@ -117,3 +120,4 @@ def lora_linear(
             tuple(u.bias is not None for u in updates),
             *tensors,
         )
+    return y.view(*shape, y.shape[-1])

@@ -157,6 +157,8 @@ class QftLinear(Linear):
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         result = self._base(x)
+        if self.native:  # what a vendor's forward returns may be a view that must not be changed
+            result = result.clone()
         for name in dict.fromkeys(adapter_names):
             if name == "__base__" or name not in self.lora_A:
                 continue
@@ -232,7 +234,16 @@ class QftLinear(Linear):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
         if not names:
             return
-        names = self.merged_adapters + names
+        earlier = list(self.merged_adapters)
+        try:
+            self._merge(earlier + names)
+        except BaseException:
+            self.unmerge()
+            if earlier:
+                self._merge(earlier)
+            raise
+
+    def _merge(self, names: list[str]) -> None:
         self.check_merge(names)
         if self._saved is not None:
             self._restore()
@@ -247,6 +258,10 @@ class QftLinear(Linear):
             old_bias.data = bias
         self.merged_adapters[:] = names
         after = self.quantizer.dequantize(handle, dtype=torch.float32)
+        if not after.isfinite().all():
+            raise NonFiniteWeights(
+                f"merging {', '.join(names)} goes beyond what {self.quantizer!r} can store: nothing was merged"
+            )
         self.last_merge = compare_merge(before, wanted, after)
 
     def unmerge(self) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import Embedding
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from qft.backends.unquantized import is_float_linear
 from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOperation
@@ -36,6 +40,27 @@ _REFUSED = {
 }
 
 
+_ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+
+class ExactEmbedding(Embedding):
+    """PEFT's layer over an embedding, unmerged to the bit: PEFT subtracts what it added."""
+
+    _saved: Tensor | None = None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if not self.merged:
+            self._saved = self.get_base_layer().weight.detach().to("cpu", copy=True)
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        if self.merged and self._saved is not None:
+            weight = self.get_base_layer().weight
+            super().unmerge()
+            weight.data = self._saved.to(weight.device, copy=True)
+        self._saved = None
+
+
 class QftLoraModel(LoraModel):
     """`LoraModel` that builds `QftLinear` on models quantized by qft, and PEFT's layers on all others."""
 
@@ -43,7 +68,7 @@ class QftLoraModel(LoraModel):
         record = record_of(model)
         if record is not None:
             config = self.peft_config[adapter_name]
-            check_config(model, config, "init" if not config.inference_mode else "load")
+            check_config(config)
             if config.target_modules == "all-linear":
                 config.target_modules = set(linear_targets(model, _quantized))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -54,7 +79,10 @@ class QftLoraModel(LoraModel):
             return super()._create_new_module(lora_config, adapter_name, target, **kwargs)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not _quantized(base) and not is_float_linear(base):
-            return super()._create_new_module(lora_config, adapter_name, target, **kwargs)
+            layer = super()._create_new_module(lora_config, adapter_name, target, **kwargs)
+            if type(layer) is Embedding:
+                layer.__class__ = ExactEmbedding
+            return layer
         for key in ("device_map", "loaded_in_8bit", "loaded_in_4bit", "parameter_name"):
             kwargs.pop(key, None)
         kwargs = {k: v for k, v in kwargs.items() if not k.endswith("quantization_config")}
@@ -82,7 +110,8 @@ class QftLoraModel(LoraModel):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_all(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with all_or_nothing(self.model):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         record = record_of(self.model)
@@ -106,6 +135,21 @@ class QftLoraModel(LoraModel):
                 module.check_merge([n for n in names if n in module.lora_A])
 
 
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Run a block that merges; where it raises, what is merged is what was merged before."""
+    layers = [(m, list(m.merged_adapters)) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    try:
+        yield
+    except BaseException:
+        for layer, before in layers:
+            if list(layer.merged_adapters) != before:
+                layer.unmerge()
+                if before:
+                    layer.merge(adapter_names=before)
+        raise
+
+
 def warn_of_loss(merges: list[WeightMerge]) -> None:
     """Say what share of the update survived a merge into quantized weights."""
     share = sum(m.survived for m in merges) / len(merges)
@@ -121,7 +165,7 @@ def _quantized(module: nn.Module) -> bool:
     return quantizer_of(module) is not None
 
 
-def check_config(model: nn.Module, config: LoraConfig, what: str = "init") -> None:
+def check_config(config: LoraConfig) -> None:
     """Refuse, before anything is wrapped, what would be wrong over quantized weights.
 
     Raises:
@@ -132,14 +176,55 @@ def check_config(model: nn.Module, config: LoraConfig, what: str = "init") -> No
     for field, label in _REFUSED.items():
         if getattr(config, field, None):
             raise UnsupportedOperation(f"{label} ({field}) is not supported over quantized weights; plain LoRA, rsLoRA and DoRA are")
-    if what == "init" and config.init_lora_weights not in KEPT_INITS:
+    if config.init_lora_weights not in KEPT_INITS:
         raise BadOption(
             f"init_lora_weights={config.init_lora_weights!r} rewrites the float base weights, which PEFT cannot do over "
             "quantized ones; use qft.wrap(model, adapter, init=...), which can"
         )
     ranks = [config.r, *(config.rank_pattern or {}).values()]
-    if any(not isinstance(r, int) or r < 1 for r in ranks):
-        raise BadShape(f"the rank is a positive integer, not {[r for r in ranks if not isinstance(r, int) or r < 1][0]}")
+    for rank in ranks:
+        if type(rank) is not int or rank < 1:
+            raise BadShape(f"the rank is a positive integer, not {rank!r}")
+
+
+def fill_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Settle `target_modules` where the config leaves them open, as PEFT does, by the kind of model.
+
+    Raises:
+        NoTargets: PEFT has no default for this kind.
+    """
+    if config.target_modules is not None or config.target_parameters:
+        return
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    defaults = LoraModel.target_module_mapping.get(kind)
+    if defaults is None:
+        raise NoTargets(
+            f"the adapter config names no target_modules, and PEFT has no default for {kind or type(model).__name__}; "
+            "target_modules='all-linear' takes every linear layer"
+        )
+    config.target_modules = defaults if isinstance(defaults, str) else set(defaults)
+
+
+def check_saved_modules(model: nn.Module, config: LoraConfig, targets: Iterable[str] = ()) -> None:
+    """Refuse to train quantized weights whole: those of `model`, and the layers that are about to be quantized.
+
+    Raises:
+        UnsupportedOperation: `modules_to_save` takes in a quantized layer.
+    """
+    saved = tuple(config.modules_to_save or ())
+    if not saved:
+        return
+    targets = set(targets)
+    for name, module in model.named_modules():
+        if not name.endswith(saved):
+            continue
+        inside = (n for n, m in module.named_modules(prefix=name) if n in targets or _quantized(m))
+        hit = next(inside, None)
+        if hit is not None:
+            raise UnsupportedOperation(
+                f"modules_to_save={sorted(saved)} would train {hit} whole, and its weights are quantized: leave it in "
+                "float with skip=, or target it with the adapter"
+            )
 
 
 def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
@@ -159,10 +244,18 @@ def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
         config = excluded
     found, other = {}, 0
     for name, module in model.named_modules():
-        hit = check_target_module_exists(config, name)
+        try:
+            hit = check_target_module_exists(config, name)
+        except re.error as error:
+            raise BadOption(f"the adapter config holds a pattern that is no regular expression: {error}") from error
         if not hit or type(hit).__name__ == "_ExcludedModule":
             continue
         if not _quantized(module) and not is_float_linear(module):
+            if not isinstance(module, _ADAPTABLE) and type(module).__module__.startswith(("torch.", "transformers.")):
+                raise BadOption(
+                    f"target_modules={config.target_modules!r} takes in {name}, a {type(module).__name__}, which LoRA "
+                    "cannot adapt: it adapts linear layers, convolutions and embeddings"
+                )
             other += 1
             continue
         key = get_pattern_key(config.rank_pattern.keys(), name) if config.rank_pattern else None

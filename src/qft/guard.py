@@ -1,0 +1,117 @@
+"""Leave a model as it was where an operation is refused: an undo for its structure, and a rehearsal of the wrapping."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+from qft.errors import BadFolder, BadOption, NoTargets, QftError
+
+REFUSALS = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, re.error)
+"""What PEFT raises where a config does not fit a model."""
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Run a block that wraps, freezes or marks modules; where it raises, the model is what it was.
+
+    Submodules, attributes, hooks, training modes and `requires_grad` come back. The values of tensors do not: the
+    block must leave those alone.
+    """
+    modules = [(m, _shallow(m.__dict__)) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, (attributes, contents) in modules:
+            for held, content in contents:
+                held.clear()
+                held.update(content)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _shallow(attributes: dict) -> tuple[dict, list[tuple[dict, dict]]]:
+    """A module's attributes, and what its own dicts (submodules, parameters, hooks, ...) hold."""
+    return dict(attributes), [(v, dict(v)) for k, v in attributes.items() if isinstance(v, dict) and k.startswith("_")]
+
+
+def rehearse(model: nn.Module, adapter: PeftConfig) -> None:
+    """Wrap a copy of a float model that has no weights, so that what PEFT refuses is refused before anything changes.
+
+    Raises:
+        BadOption: PEFT does not take this config for this model.
+    """
+    with refused_by_peft():
+        _wrapped_skeleton(model, adapter)
+
+
+def rehearse_load(model: nn.Module, adapter: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check a file of adapter weights, given by their shapes, against a float model that is yet to be quantized.
+
+    Raises:
+        BadFolder: weights are missing, or of other shapes.
+    """
+    try:
+        wrapped = _wrapped_skeleton(model, adapter)
+    except REFUSALS as error:
+        raise BadFolder(f"this adapter does not fit this base: {' '.join(str(error).split())}") from error
+    if wrapped is None:
+        return
+    wants = {k: tuple(t.shape) for k, t in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()}
+    missing = sorted(wants.keys() - shapes.keys())
+    if missing and (len(missing) == len(wants) or shapes.keys() <= wants.keys()):
+        raise BadFolder(
+            f"this adapter does not fit this base: the file lacks {len(missing)} of the {len(wants)} weights that its "
+            f"config asks for over a {type(model).__name__}, {missing[0]} first"
+        )
+    for key in sorted(wants.keys() & shapes.keys()):
+        if wants[key] != shapes[key]:
+            raise BadFolder(
+                f"this adapter does not fit this base: {key} is {shapes[key]} in the file, and would be {wants[key]} here"
+            )
+
+
+def _wrapped_skeleton(model: nn.Module, adapter: PeftConfig) -> nn.Module | None:
+    """A copy of a float model on the meta device with this adapter, or None where it takes values to make one."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    try:
+        skeleton = copy.deepcopy(model, memo)
+    except Exception:  # a model that cannot be copied: wrapping it will tell
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return get_peft_model(skeleton, copy.deepcopy(adapter), low_cpu_mem_usage=True)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" in str(error):
+                return None
+            raise
+
+
+@contextmanager
+def refused_by_peft() -> Iterator[None]:
+    """PEFT's own refusals as ours."""
+    try:
+        yield
+    except QftError:
+        raise
+    except REFUSALS as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        if type(error).__name__ == "NoMatchingPeftModuleError":
+            raise NoTargets(f"{said} 'all-linear' takes every linear layer.") from error
+        raise BadOption(f"PEFT does not take this adapter config for this model: {said}") from error
