@@ -81,7 +81,9 @@ def main() -> None:
     for _ in range(4):
         model = random_model(options.layers)
         times = kernels(model)
-        largest = max(m.weight.nbytes for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head")
+        largest = max(
+            m.weight.nbytes for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"
+        )
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

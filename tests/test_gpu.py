@@ -75,6 +75,32 @@ def test_a_folder_goes_to_the_gpu(tmp_path):
     assert relative(logits(model), logits(other)) < 1e-2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        {"load_in_8bit": True},
+    ],
+)
+def test_a_model_that_transformers_quantized(tmp_path, options):
+    """Recognised, wrapped, trained, merged and unmerged like one of ours."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    llama(torch.float32).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map={"": 0}, dtype=torch.float32
+    )
+    with torch.no_grad():
+        logits(model)  # a forward first: LLM.int8() moves its constants then
+    model = train_a_little(qft.wrap(qft.prepare_model_for_kbit_training(model)))
+    tuned = logits(model)
+    assert relative(logits(qft.merge_to_float(model, dtype=torch.float32)), tuned) < 1e-5
+    qft.merge(model)
+    qft.unmerge(model)
+    assert torch.equal(logits(model), tuned)
+
+
 def test_autocast_trains():
     model = qft.quantize_and_wrap(llama(torch.bfloat16).cuda(), "nf4", progress=False)
     with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -464,6 +464,27 @@ def test_transformers_own_add_adapter(spec):
         assert relative(logits(model), before) < (2e-2 if spec == "int8" else 1e-6)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("saver", [qft.save, lambda m, folder: m.save_pretrained(folder)], ids=["qft", "transformers"])
+def test_adapters_of_transformers_own_add_adapter_are_saved_and_merged(spec, saver, tmp_path):
+    model = llama_quantized(spec)
+    model.add_adapter(config(lora_alpha=12))
+    fill(model)
+    with torch.no_grad():
+        y = logits(model)
+        saver(model, tmp_path)
+        assert torch.equal(logits(qft.load(tmp_path, llama_quantized(spec)).eval()), y)
+        merged = qft.merge_to_float(model)
+        assert relative(logits(merged), y) < 2e-6
+        assert not getattr(merged, "_hf_peft_config_loaded", False)
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        qft.merge(model)
+        assert relative(logits(model), y) > 1e-6
+        qft.unmerge(model)
+        assert torch.equal(logits(model), y)
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
 def test_models_that_qft_did_not_mark_get_pefts_own_layers():
     model = get_peft_model(llama(), config())
     kinds = {type(m) for m in model.modules() if isinstance(m, BaseTunerLayer)}
@@ -496,13 +517,18 @@ def test_bitsandbytes_models_that_qft_did_not_mark_get_pefts_own_layers(flag):
 # ---- the vendor's forward ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["nf4", "fp4:double_quant=true", "int8"])
-@pytest.mark.parametrize("variant", ["lora", "dora", "lora_bias", "dropout"])
+NATIVE = [
+    (spec, variant)
+    for spec in ("nf4", "fp4:double_quant=true", "int8")
+    for variant in ("lora", "dora", "lora_bias", "dropout")
+    if (spec, variant) != ("int8", "dora")  # PEFT's own loses the scales of a copied layer and raises
+]
+
+
+@pytest.mark.parametrize(("spec", "variant"), NATIVE)
 @pytest.mark.parametrize("builder", [llama, qwen2], ids=["llama", "qwen2"])
 def test_native_is_plain_peft_over_the_vendors_layers(spec, variant, builder):
     """`forward="native"` over bitsandbytes computes what PEFT's own bitsandbytes layers compute."""
-    if (spec, variant) == ("int8", "dora"):
-        pytest.skip("PEFT's own DoRA over LLM.int8() loses the scales of a copied layer and raises")
     base = qft.quantize(builder(), spec, progress=False)
     twin = copy.deepcopy(base)
     qft.saving.unmark(twin)
@@ -594,12 +620,17 @@ def test_gradient_checkpointing_changes_no_gradient(spec, reentrant, variant, bu
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("variant", ["lora", "dora", "dropout", "lora_bias"])
-@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (64,), (3, 64), (2, 3, 5, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("variant", "shape"),
+    [
+        (variant, shape)
+        for variant in ("lora", "dora", "dropout", "lora_bias")
+        for shape in [(0, 64), (2, 0, 64), (64,), (3, 64), (2, 3, 5, 64)]
+        if (variant, shape) != ("dora", (64,))  # PEFT's DoRA, which is what computes here, adds a batch dimension
+    ],
+)
 def test_inputs_of_any_shape(spec, variant, shape):
     """As `nn.Linear` takes them: empty batches, no batch dimension, several; gradients have the inputs' shapes."""
-    if shape == (64,) and variant == "dora":
-        pytest.skip("PEFT's DoRA, which is what computes here, adds a batch dimension")
     torch.manual_seed(0)
     ours, theirs = pair(lambda dt: nn.Sequential(nn.Linear(64, 32)).to(dt), spec, config(**VARIANTS[variant]))
     if variant == "dropout":
@@ -654,13 +685,14 @@ def test_inputs_that_are_not_contiguous(spec, variant):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("wrapped", [False, True], ids=["quantized", "wrapped"])
+@pytest.mark.parametrize(
+    ("spec", "wrapped"),
+    # bitsandbytes' own forward, without an adapter, returns a view and refuses
+    [(spec, wrapped) for spec in SPECS for wrapped in (True, False) if wrapped or "reference" in spec],
+)
 @pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64), (64,)], ids=str)
 def test_outputs_may_be_changed_in_place(spec, wrapped, shape):
     """As `nn.ReLU(inplace=True)` does behind a layer, while gradients are recorded."""
-    if not wrapped and "reference" not in spec:
-        pytest.skip("bitsandbytes' own forward returns a view, and refuses")
     torch.manual_seed(0)
     ours, theirs = pair(lambda dt: nn.Sequential(nn.Linear(64, 32)).to(dt), spec, config())
     if not wrapped:

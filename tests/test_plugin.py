@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_registry import run_python
+from helpers import run_python
 
 PLUGIN = Path(__file__).parent / "plugin"
 
@@ -54,7 +54,7 @@ def test_an_installed_plugin_is_listed_used_and_conforms(installed):
         assert not report.ruled_out, report
         print(len(report.passed))
         """,
-        paths=[str(installed)],
+        paths=[installed],
     )
     error, checks = map(float, out.split())
     assert 0.01 < error < 0.2
@@ -71,7 +71,7 @@ def test_an_adapter_over_a_plugin_loads_only_where_the_plugin_is(installed, tmp_
         qft.save(qft.quantize_and_wrap(model, "toy", progress=False), sys.argv[1] + "/adapter")
         """,
         tmp_path,
-        paths=[str(installed)],
+        paths=[installed],
     )
     load = """
         import sys, torch, qft
@@ -84,7 +84,7 @@ def test_an_adapter_over_a_plugin_loads_only_where_the_plugin_is(installed, tmp_
             assert type(model[0]) is torch.nn.Linear
             print("unknown")
     """
-    assert run_python(load, tmp_path, paths=[str(installed)]).strip() == "Toy"
+    assert run_python(load, tmp_path, paths=[installed]).strip() == "Toy"
     assert run_python(load, tmp_path).strip() == "unknown"
 
 
@@ -105,5 +105,5 @@ def test_a_plugin_that_cannot_be_imported_is_reported_and_hurts_nobody(installed
             raise SystemExit("no error")
         qft.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)), "reference", progress=False)
         """,
-        paths=[str(site)],
+        paths=[site],
     )

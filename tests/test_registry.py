@@ -4,17 +4,15 @@ import copy
 import importlib.metadata
 import inspect
 import json
-import subprocess
 import sys
-import textwrap
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
+from helpers import Rows, run_python
 from models import llama, logits, plain, relative
-from torch import Tensor
 from transformers import BitsAndBytesConfig, GPTQConfig, QuantoConfig
 
 import qft
@@ -37,22 +35,6 @@ PUBLIC = {
 }
 
 
-def run_python(code, *args, **env):
-    """A fresh interpreter, with this one's search path; its stdout."""
-    import os
-
-    path = os.pathsep.join([*env.pop("paths", []), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-        env={**os.environ, "PYTHONPATH": path, **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture
 def own_registry(monkeypatch):
     """Registrations of a test end with it."""
@@ -60,28 +42,6 @@ def own_registry(monkeypatch):
     registry._owners.cache_clear()
     yield
     registry._owners.cache_clear()
-
-
-@dataclass(frozen=True)
-class Rows(qft.TensorQuantizer):
-    """Symmetric integers, one scale a row."""
-
-    name: ClassVar[str] = "rows"
-    bits: int = 8
-    clip: float = 1.0
-
-    @property
-    def capabilities(self) -> qft.Capabilities:
-        return qft.Capabilities(bits=self.bits, devices=frozenset({"cpu", "cuda"}), requantize=True)
-
-    def pack(self, weight: Tensor, *, statistics=None) -> dict[str, Tensor]:
-        top = 2 ** (self.bits - 1) - 1
-        scale = (weight.float().abs().amax(1, keepdim=True) * self.clip / top).clamp(min=1e-30)
-        return {"qweight": (weight.float() / scale).round().clamp(-top, top).to(torch.int8), "scale": scale}
-
-    def unpack(self, packed, *, shape, dtype, out=None) -> Tensor:
-        value = packed["qweight"] * packed["scale"]
-        return value.to(dtype) if out is None else out.copy_(value)
 
 
 # ---- the public surface -----------------------------------------------------------------------------------
@@ -351,7 +311,8 @@ def test_patterns_choose_by_module_and_the_first_match_wins():
 
 
 def test_patterns_take_every_kind_of_spec():
-    spec = parse_spec({"a": qft.Reference(), "b": BitsAndBytesConfig(load_in_8bit=True), "c": {"name": "nf4"}, "d": None})
+    int8 = BitsAndBytesConfig(load_in_8bit=True)
+    spec = parse_spec({"a": qft.Reference(), "b": int8, "c": {"name": "nf4"}, "d": None})
     assert list(spec.quantizers.values()) == [qft.Reference(), qft.BitsAndBytes8bit(), qft.BitsAndBytes4bit(), None]
 
 
@@ -407,13 +368,13 @@ def test_names_that_no_spec_could_write_are_refused(own_registry, name):
     assert "rows" not in qft.available_quantizers()
 
 
-class _NotADataclass(Rows.__base__):
+class _NotADataclass(qft.TensorQuantizer):
     name: ClassVar[str] = "not a dataclass"
     capabilities = pack = unpack = None
 
 
 @dataclass
-class _NotFrozen(Rows.__base__):
+class _NotFrozen(qft.TensorQuantizer):
     name: ClassVar[str] = "not frozen"
     capabilities = pack = unpack = None
 

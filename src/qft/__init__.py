@@ -4,9 +4,28 @@
 >>> model = qft.quantize_and_wrap(model, "nf4")  # a peft.PeftModel, ready for any trainer
 """
 
-from qft import errors, lora
+import typing as _typing
+
+from qft import errors
 from qft.audit import Audit, audit
-from qft.errors import *  # noqa: F403
+from qft.errors import (
+    AdapterMismatch,
+    AlreadyQuantized,
+    BadFolder,
+    BadOption,
+    BadShape,
+    MissingDependency,
+    NeedsCalibration,
+    NeedsOriginal,
+    NonFiniteWeights,
+    NoTargets,
+    PartlyQuantized,
+    QftError,
+    QftWarning,
+    UnknownQuantizer,
+    UnsupportedDevice,
+    UnsupportedOperation,
+)
 from qft.inits import AdapterInit
 from qft.inits.loftq import LoftQ
 from qft.merging import MergeReport, merge, merge_to_float, unmerge
@@ -21,6 +40,11 @@ from qft.registry import (
     register_quantizer,
 )
 from qft.saving import load, save
+
+if _typing.TYPE_CHECKING:
+    from qft import testing
+    from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
+    from qft.backends.reference import Reference
 
 __version__ = "0.1.0"
 

@@ -192,7 +192,9 @@ def layer_bytes(module: nn.Module) -> int:
     state = module.state_dict()
     skip = {"bias", "weight_format", "weight.quant_map", "weight.nested_quant_map"}
     return sum(
-        t.numel() * t.element_size() for k, t in state.items() if k not in skip and not k.startswith("weight.quant_state")
+        t.numel() * t.element_size()
+        for k, t in state.items()
+        if k not in skip and not k.startswith("weight.quant_state")
     )
 
 

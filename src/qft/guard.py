@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from qft.errors import BadFolder, BadOption, NoTargets, QftError
@@ -65,7 +66,7 @@ def rehearse_load(model: nn.Module, adapter: PeftConfig, shapes: Mapping[str, tu
     try:
         wrapped = _wrapped_skeleton(model, adapter)
     except REFUSALS as error:
-        raise BadFolder(f"this adapter does not fit this base: {' '.join(str(error).split())}") from error
+        raise BadFolder(f"this adapter does not fit this base: {brief(error)}") from error
     if wrapped is None:
         return
     wants = {k: tuple(t.shape) for k, t in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()}
@@ -103,6 +104,22 @@ def _wrapped_skeleton(model: nn.Module, adapter: PeftConfig) -> nn.Module | None
             raise
 
 
+def check_names(model: nn.Module, adapter: PeftConfig) -> None:
+    """Raise `NoTargets` where an adapter of another kind than LoRA names targets, and the model has none of them."""
+    names = getattr(adapter, "target_modules", None)
+    if not names or names == "all-linear":
+        return
+    with refused_by_peft():
+        if not any(check_target_module_exists(adapter, name) for name, _ in model.named_modules()):
+            raise NoTargets(f"target_modules={names!r} matches nothing in this {type(model).__name__}")
+
+
+def brief(error: object) -> str:
+    """What PEFT says, on one line that can be read."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 300 else said[:300] + " ..."
+
+
 @contextmanager
 def refused_by_peft() -> Iterator[None]:
     """PEFT's own refusals as ours."""
@@ -111,7 +128,7 @@ def refused_by_peft() -> Iterator[None]:
     except QftError:
         raise
     except REFUSALS as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = brief(error)
         if type(error).__name__ == "NoMatchingPeftModuleError":
             raise NoTargets(f"{said} 'all-linear' takes every linear layer.") from error
         raise BadOption(f"PEFT does not take this adapter config for this model: {said}") from error

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Plan:
             raise BadFolder(
                 f"the checkpoint's {name}.weight is {tuple(value.shape)}, and its config says {tuple(old.weight.shape)}"
             )
-        layer = _with_weight(old, value)
+        layer = with_weight(old, value)
         weight = float_weight(layer)
         if not weight.isfinite().all():
             raise NonFiniteWeights(f"{name}.weight holds NaN or infinity: repair the checkpoint, or skip this weight")
@@ -105,8 +105,12 @@ class Plan:
             self._untrimmed = 0
             _trim()
 
-    def finish(self, model: nn.Module, missing_keys: Iterable[str]) -> None:
+    def finish(self, model: nn.Module, missing_keys: Collection[str]) -> None:
         """Check that every target arrived, and write the note."""
+        for name in self.selection.targets:  # stored as one tensor with one that stays float: it came as a float, too
+            weight = model.get_submodule(name).weight if name not in self.record.quantizers else None
+            if weight is not None and not weight.is_meta and f"{name}.weight" not in missing_keys:
+                self._arrive(model, name, weight.detach())
         missing = {f"{n}.weight" for n in self.selection.targets if n not in self.record.quantizers}
         missing |= {k for k in missing_keys if k.rpartition(".")[0] in self.selection.targets}
         if missing:
@@ -131,7 +135,7 @@ def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
     return quantizer_of(module).weights(module)[0].shape
 
 
-def _with_weight(old: nn.Module, value: Tensor) -> nn.Module:
+def with_weight(old: nn.Module, value: Tensor) -> nn.Module:
     """A float layer of the kind of `old` that holds `value` and no bias."""
     with torch.device("meta"):
         if is_conv1d(old):
@@ -143,7 +147,9 @@ def _with_weight(old: nn.Module, value: Tensor) -> nn.Module:
     return layer
 
 
-def load_quantized(path: str, plan: Plan | None, device: torch.device | None, progress: bool, **kwargs: Any) -> nn.Module:
+def load_quantized(
+    path: str, plan: Plan | None, device: torch.device | None, progress: bool, **kwargs: Any
+) -> nn.Module:
     """`from_pretrained` of the model class that the config names, quantizing as `plan` says.
 
     Raises:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -74,12 +75,15 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, QftLinear]]:
 
 def _require_adapters(model: nn.Module) -> None:
     marks.record_of(model)
-    tuner = getattr(model, "base_model", None)
     if not hasattr(model, "peft_config"):
         raise BadOption("this model has no adapters to merge: wrap it with qft.wrap first")
-    if not isinstance(tuner, QftLoraModel):
-        kind = next(iter(model.peft_config.values())).peft_type.value
-        raise UnsupportedOperation(f"qft merges LoRA adapters, and these are {kind}")
+    others = [c.peft_type.value for c in model.peft_config.values() if c.peft_type != PeftType.LORA]
+    if others:
+        raise UnsupportedOperation(f"qft merges LoRA adapters, and these are {others[0]}")
+    if isinstance(model, PeftModel):  # else transformers' own add_adapter put our layers in, without a tuner
+        if not isinstance(model.base_model, QftLoraModel):
+            raise UnsupportedOperation("these adapters were put on before qft was imported: wrap the model anew")
+        model.base_model._check_merge_allowed()
 
 
 def merge(model: nn.Module) -> MergeReport:
@@ -95,7 +99,6 @@ def merge(model: nn.Module) -> MergeReport:
     _require_adapters(model)
     layers = list(_layers(model))
     plan = [(n, m, [a for a in m.active_adapters if a in m.lora_A and a not in m.merged_adapters]) for n, m in layers]
-    model.base_model._check_merge_allowed()
     for _, layer, names in plan:
         layer.check_merge(names)
     report = MergeReport("quantized")
@@ -141,7 +144,6 @@ def merge_to_float(model: nn.Module, *, dtype: str | torch.dtype | None = None) 
         raise BadOption("this model is neither quantized nor wrapped: it is a float model already")
     if hasattr(model, "peft_config"):
         _require_adapters(model)
-        model.base_model._check_merge_allowed()
     wanted = None if dtype is None else as_float_dtype(dtype)
     base = marks.base_model(model)
     report = MergeReport("float")
@@ -181,7 +183,9 @@ def _float_counterpart(
             module.unmerge()
         if module.merged:  # the base weight holds the adapters, as they survived
             handle = module.handle
-            return _float_layer(module.quantizer, handle, module.quantizer.dequantize(handle, dtype=torch.float32), dtype)
+            return _float_layer(
+                module.quantizer, handle, module.quantizer.dequantize(handle, dtype=torch.float32), dtype
+            )
         names = [] if module.disable_adapters else [a for a in module.active_adapters if a in module.lora_A]
         handle = module.handle
         before = module.quantizer.dequantize(handle, dtype=torch.float32)
@@ -198,7 +202,9 @@ def _float_counterpart(
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         twin = copy.deepcopy(module)
         if hasattr(twin, "unload_and_optionally_merge_module"):
-            return twin.unload_and_optionally_merge_module(not twin.disable_adapters, safe_merge=True, adapter_names=None)
+            return twin.unload_and_optionally_merge_module(
+                not twin.disable_adapters, safe_merge=True, adapter_names=None
+            )
         if not twin.merged and not twin.disable_adapters:
             twin.merge(safe_merge=True)
         return twin.get_base_layer()
@@ -221,7 +227,9 @@ def _float_layer(
     out_features, in_features = handle.shape
     bias = handle.bias if bias is None else bias
     if float(value.abs().max()) > torch.finfo(dtype or handle.dtype).max:
-        raise NonFiniteWeights(f"a merged weight is too large for {dtype or handle.dtype}; dtype=torch.float32 holds it")
+        raise NonFiniteWeights(
+            f"a merged weight is too large for {dtype or handle.dtype}; dtype=torch.float32 holds it"
+        )
     with torch.device("meta"):
         if handle.kind == "conv1d":
             from transformers.pytorch_utils import Conv1D

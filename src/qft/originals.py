@@ -95,7 +95,9 @@ class _Folder:
             return wanted
         hits = [k for k in self.files if k.endswith("." + wanted) or wanted.endswith("." + k)]
         if len(hits) != 1:
-            raise BadFolder(f"{self.folder} has no {wanted}: it is another model's folder, or stores it in another form")
+            raise BadFolder(
+                f"{self.folder} has no {wanted}: it is another model's folder, or stores it in another form"
+            )
         return hits[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -93,9 +93,7 @@ class PackedLinear(nn.Module):
         return getattr(self, self.packed_names[0])
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, quantizer={self.quantizer!r}"
-        )
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, quantizer={self.quantizer!r}"
 
 
 class TensorQuantizer(Quantizer):
@@ -151,8 +149,12 @@ class TensorQuantizer(Quantizer):
         )
 
     def requantize(self, weight: QuantizedWeight, value: Tensor) -> None:
-        module = weight.module
-        self.restore(weight, _own(weight)._pack(value.to(module._first.device), None))
+        module, own = weight.module, _own(weight)
+        value = value.to(module._first.device)
+        packed = own._pack(value, None)
+        if any(t.dtype != module.packed[n].dtype for n, t in packed.items()):
+            packed = own._pack(value.to(module.dtype), None)  # a format whose constants have the weight's dtype
+        self.restore(weight, packed)
 
     def snapshot(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         return {n: t.detach().to("cpu", copy=True) for n, t in weight.module.packed.items()}
@@ -178,7 +180,7 @@ def _own(weight: QuantizedWeight) -> TensorQuantizer:
     return weight.module.quantizer
 
 
-def dequantizer(quantizer: Quantizer, weight: QuantizedWeight):
+def dequantizer(quantizer: Quantizer, weight: QuantizedWeight) -> Callable[[torch.dtype], Tensor]:
     """`dequantize` of one weight as a function of the dtype alone, as `lora_linear` wants it."""
     return partial(_dequantize, quantizer, weight)
 

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,18 @@ from qft.errors import (
     UnsupportedDevice,
     UnsupportedOperation,
 )
-from qft.guard import as_it_was, refused_by_peft, rehearse, rehearse_load
+from qft.guard import as_it_was, brief, check_names, refused_by_peft, rehearse, rehearse_load
 from qft.inits import InitRun, need_original, resolve_init
 from qft.loading import Plan, load_quantized, stored_quantization
 from qft.lora.layer import QftLinear
 from qft.lora.model import KEPT_INITS, check_config, check_saved_modules, fill_targets, targeted
 from qft.originals import Originals
-from qft.quantizer import OnWeight, Quantizer, float_weight
+from qft.quantizer import OnWeight, Quantizer, code_options, float_weight
 from qft.registry import Spec, get_quantizer, parse_spec, quantizer_of
-from qft.saving import adapter_shapes, check_float_origin, check_origin, restore_base
+from qft.saving import adapter_shapes, check_float_origin, check_origin, check_stored_base, restore_base
 from qft.selection import Selection, check_finite, select
+
+Prepare = Callable[[nn.Module, Iterable[str]], None]
 
 # ---- quantize --------------------------------------------------------------------------------------------
 
@@ -100,7 +102,7 @@ def _quantize(
     device: Any = None,
     progress: bool = True,
     on_weight: OnWeight | None = None,
-    prepare: Callable[[nn.Module, Iterable[str]], None] | None = None,
+    prepare: Prepare | None = None,
     load_options: dict[str, Any] | None = None,
 ) -> nn.Module:
     if spec.skip:
@@ -131,7 +133,16 @@ def _joined(skip: Any, more: Sequence[str]) -> Any:
     return [*(skip or ()), *more]
 
 
-def _quantize_in_memory(model, spec, skip, device, progress, on_weight, prepare, calibration) -> nn.Module:
+def _quantize_in_memory(
+    model: nn.Module,
+    spec: Spec,
+    skip: Any,
+    device: torch.device | None,
+    progress: bool,
+    on_weight: OnWeight | None,
+    prepare: Prepare | None,
+    calibration: Any,
+) -> nn.Module:
     record = marks.adopt(model)
     if record is not None:
         return _already(model, record, spec)
@@ -160,7 +171,8 @@ def _quantize_in_memory(model, spec, skip, device, progress, on_weight, prepare,
     order: dict[Quantizer, list[str]] = defaultdict(list)
     for name, q in selection.targets.items():
         order[q].append(name)
-    with _all_or_marked(model, record, f"{len(selection.targets)} layers were to be quantized"):
+    one_by_one = device is None and all(type(q).quantize is Quantizer.quantize for q in order)
+    with _all_or_marked(model, record, f"{len(selection.targets)} layers were to be quantized", one_by_one):
         for q, names in order.items():
             bar = _bar(progress, f"quantizing to {q.name}")
             q.quantize(
@@ -183,7 +195,16 @@ def _quantize_in_memory(model, spec, skip, device, progress, on_weight, prepare,
     return model
 
 
-def _quantize_path(path, spec, skip, device, progress, on_weight, prepare, options) -> nn.Module:
+def _quantize_path(
+    path: str,
+    spec: Spec,
+    skip: Any,
+    device: torch.device,
+    progress: bool,
+    on_weight: OnWeight | None,
+    prepare: Prepare | None,
+    options: dict[str, Any],
+) -> nn.Module:
     stored = stored_quantization(path, options)
     if stored and on_weight is not None:
         raise NeedsOriginal(f"{path} is quantized already ({stored}), and the init needs the float weights: load those")
@@ -218,13 +239,11 @@ def _same(found: Quantizer, asked: Quantizer | None) -> bool:
     """Equal in what decides the codes; an option that was left open matches any."""
     if asked is None or type(found) is not type(asked):
         return False
-    a, b = found.to_dict(), asked.to_dict()
-    return all(a[k] == b[k] or b[k] is None or k in ("compute_dtype", "threshold") for k in a)
+    a, b = code_options(found.to_dict()), code_options(asked.to_dict())
+    return all(a[k] == b[k] or b[k] is None for k in a)
 
 
-def settle(
-    selection: Selection, layers: Mapping[str, nn.Module], device: torch.device | None = None
-) -> Selection:
+def settle(selection: Selection, layers: Mapping[str, nn.Module], device: torch.device | None = None) -> Selection:
     """Settle each quantizer's open options over its own targets, and check that it runs on their device."""
     groups: dict[Quantizer, list[str]] = defaultdict(list)
     for name, q in selection.targets.items():
@@ -277,13 +296,18 @@ def default_device() -> torch.device:
 
 
 @contextmanager
-def _all_or_marked(model: nn.Module, record: marks.Record, what: str):
-    """Run a block that changes weights one by one; if it ends early, the model says so to every later verb."""
+def _all_or_marked(model: nn.Module, record: marks.Record, what: str, one_by_one: bool) -> Iterator[None]:
+    """Run a block that changes weights; if it ends early, the model says so to every later verb.
+
+    Where layers are replaced one by one and none was yet, nothing has changed, and nothing is marked.
+    """
     try:
         yield
     except BaseException as error:
-        record.partly = f"{what}, and {type(error).__name__} stopped it after {_count(model)}"
-        model.__dict__["_qft"] = record
+        done = _count(model)
+        if done or not one_by_one:
+            record.partly = f"{what}, and {type(error).__name__} stopped it after {done}"
+            model.__dict__["_qft"] = record
         raise
 
 
@@ -291,7 +315,7 @@ def _count(model: nn.Module) -> int:
     return sum(quantizer_of(m) is not None for m in model.modules())
 
 
-def _bar(progress: bool, text: str):
+def _bar(progress: bool, text: str) -> Any:
     if not progress:
         return None
     from tqdm.auto import tqdm
@@ -299,12 +323,12 @@ def _bar(progress: bool, text: str):
     return lambda names: tqdm(names, desc=text, unit="layer", leave=False)
 
 
-def _moving(model: nn.Module, device: torch.device | None, bar: Any):
+def _moving(model: nn.Module, device: torch.device | None, bar: Any) -> Any:
     """Give the names one by one, each layer moved to the device as its turn comes."""
     if device is None:
         return bar
 
-    def names(targets: Sequence[str]):
+    def names(targets: Sequence[str]) -> Iterator[str]:
         for name in bar(targets) if bar else targets:
             model.get_submodule(name).to(device)
             yield name
@@ -477,10 +501,14 @@ def _check_init(init: Any, adapter: LoraConfig, quantizers: Iterable[Quantizer])
     bits = getattr(init, "bits", None)
     have = {q.capabilities.bits for q in quantizers}
     if bits is not None and have != {bits}:
-        raise BadOption(f"loftq_bits={bits}, and the model has {', '.join(f'{b:g}' for b in sorted(have))} bits a weight")
+        raise BadOption(
+            f"loftq_bits={bits}, and the model has {', '.join(f'{b:g}' for b in sorted(have))} bits a weight"
+        )
     for q in quantizers:
         if not q.capabilities.loftq:
-            raise UnsupportedOperation(f"{init!r} compares with the quantized weight, which {q!r} cannot give as floats")
+            raise UnsupportedOperation(
+                f"{init!r} compares with the quantized weight, which {q!r} cannot give as floats"
+            )
         if init.changes_base and not q.capabilities.iterated_loftq:
             raise UnsupportedOperation(
                 f"{init!r} changes the quantized weights, which {q!r} cannot do (capability iterated_loftq); one step, "
@@ -490,7 +518,9 @@ def _check_init(init: Any, adapter: LoraConfig, quantizers: Iterable[Quantizer])
         raise BadOption(f"lora_alpha is 0: the adapter could never do anything, and {init!r} cannot fit it")
 
 
-def _wrap_lora(model, adapter, run, record, forward) -> PeftModel:
+def _wrap_lora(
+    model: nn.Module, adapter: LoraConfig, run: InitRun | None, record: marks.Record, forward: str
+) -> PeftModel:
     before, record.forward = record.forward, forward
     try:
         with as_it_was(model), refused_by_peft():
@@ -513,6 +543,7 @@ _FLAGS = {"bitsandbytes_4bit": "is_loaded_in_4bit", "bitsandbytes_8bit": "is_loa
 
 def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record) -> PeftModel:
     _check_kind(adapter, record.quantizers.values())
+    check_names(model, adapter)
     with as_it_was(model), refused_by_peft(), _peft_flags(model, record):
         return get_peft_model(model, adapter)
 
@@ -528,7 +559,7 @@ def _check_kind(adapter: PeftConfig, quantizers: Iterable[Quantizer]) -> None:
 
 
 @contextmanager
-def _peft_flags(model: nn.Module, record: marks.Record | None):
+def _peft_flags(model: nn.Module, record: marks.Record | None) -> Iterator[None]:
     """PEFT chooses its bitsandbytes layers by these flags; left on, they make TRL cast adapters to bf16."""
     for name in {q.name for q in record.quantizers.values()} & set(_FLAGS) if record is not None else ():
         setattr(model, _FLAGS[name], True)
@@ -587,7 +618,7 @@ def quantize_and_wrap(
         _check_kind(adapter, quantizers)
     if isinstance(model_or_path, nn.Module):
         if dtype != "auto":
-            raise BadOption("dtype= is for loading from a path; cast a model in memory yourself, before")
+            raise BadOption("dtype= is for loading from a path, and a model was given: cast it yourself, before")
         already = marks.adopt(model_or_path)
         if hasattr(model_or_path, "peft_config"):
             raise BadOption("this model has adapters already: model.add_adapter(name, config) adds another")
@@ -600,6 +631,8 @@ def quantize_and_wrap(
         if _is_lora(adapter):
             check_adapter(model, adapter)
             check_saved_modules(model, adapter, targets)
+        else:
+            check_names(model, adapter)
         if model is model_or_path:
             rehearse(model, adapter)
         if run is not None:
@@ -624,7 +657,7 @@ def quantize_and_wrap(
         check_adapter(model, adapter)
         peft_model = _wrap_lora(model, adapter, run, record, forward)
     if progress:
-        trainable, total = peft_model.get_nb_trainable_parameters()
+        trainable, _ = peft_model.get_nb_trainable_parameters()
         print(f"  trainable: {trainable:,} parameters in {len(targeted_layers(peft_model))} layers", file=sys.stderr)
     return peft_model
 
@@ -647,17 +680,6 @@ def load_adapter(
         raise BadFolder(f"{folder / 'adapter_config.json'} is no adapter config that PEFT reads: {error}") from error
     if hasattr(base, "peft_config"):
         raise BadOption("the base has adapters already: model.load_adapter(folder, name) adds another")
-    if isinstance(base, nn.Module) and marks.adopt(base) is None:
-        if note is None:
-            raise BadOption("the base is a float model and the folder does not say how to quantize it: quantize it first")
-        check_float_origin(note, base)
-        rehearse_load(base, config, adapter_shapes(folder))
-    model = _base_for(folder, base, config, note, kwargs)
-    record = marks.adopt(model)
-    if record is None:
-        raise BadOption("the base is a float model and the folder does not say how to quantize it: quantize it first")
-    if note is not None:
-        check_origin(note, record)
     if _is_lora(config):
         if config.init_lora_weights not in KEPT_INITS:
             raise UnsupportedOperation(
@@ -666,7 +688,19 @@ def load_adapter(
                 "path_initial_model_for_weight_conversion, and load that"
             )
         config.init_lora_weights = True
-    else:
+    if isinstance(base, nn.Module) and marks.adopt(base) is None:
+        if note is None:
+            raise BadOption(
+                "the base is a float model and the folder does not say how to quantize it: quantize it first"
+            )
+        _check_float_base(folder, base, config, note)
+    model = _base_for(folder, base, config, note, kwargs)
+    record = marks.adopt(model)
+    if record is None:
+        raise BadOption("the base is a float model and the folder does not say how to quantize it: quantize it first")
+    if note is not None:
+        check_origin(note, record)
+    if not _is_lora(config):
         _check_kind(config, record.quantizers.values())
     before, record.forward = record.forward, (note or {}).get("forward", record.forward)
     try:
@@ -682,6 +716,17 @@ def load_adapter(
     return peft_model
 
 
+def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: dict[str, Any]) -> None:
+    """Everything that can be wrong, before a float base is quantized as the saved one was."""
+    quantizers = {n: q for n, q in _spec_of(note).quantizers.items() if q is not None}
+    if not _is_lora(config):
+        _check_kind(config, quantizers.values())
+    check_float_origin(note, base)
+    rehearse_load(base, config, adapter_shapes(folder))
+    if note["base_changed"]:
+        check_stored_base(folder / "base", base, quantizers)
+
+
 @contextmanager
 def _strict_load():
     """PEFT warns of missing adapter weights, and loads a mixture: refuse that."""
@@ -692,10 +737,10 @@ def _strict_load():
         except (QftError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise BadFolder(f"this adapter does not fit this base: {' '.join(str(error).split())}") from error
+            raise BadFolder(f"this adapter does not fit this base: {brief(error)}") from error
         for warning in caught:
             if "missing adapter keys" in str(warning.message):
-                raise BadFolder(f"this adapter does not fit this base: {warning.message}")
+                raise BadFolder(f"this adapter does not fit this base: {brief(warning.message)}")
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
@@ -733,4 +778,3 @@ def _spec_of(note: dict[str, Any]) -> Spec:
     """The saved quantizers as patterns: each layer by its own name, everything else left."""
     quantizers = [get_quantizer(q) for q in note["quantizers"]]
     return Spec({**{n: quantizers[i] for n, i in note["layers"].items()}, "*": None})
-

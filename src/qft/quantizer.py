@@ -198,7 +198,7 @@ class Quantizer(ABC):
         """The options of a layer that somebody else quantized, or None if it is not one of this backend's."""
         return None
 
-    def adopt(self, module: nn.Module) -> None:
+    def adopt(self, module: nn.Module) -> None:  # noqa: B027
         """Make a layer that somebody else quantized safe to use: called once, before anything else."""
 
     def resolve(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Quantizer:
@@ -222,8 +222,13 @@ class Quantizer(ABC):
             )
         return self
 
-    def transformers_config(self, skipped: list[str]) -> Any | None:
-        """transformers' own config object for a model in this format, where there is one, else None."""
+    def transformers_config(self, skipped: list[str], dtype: torch.dtype | None) -> Any | None:
+        """transformers' own config object for a model in this format, where there is one, else None.
+
+        Args:
+            skipped: names of the linear layers that are not quantized.
+            dtype: of the float model.
+        """
         return None
 
     def quantize(
@@ -294,7 +299,8 @@ class Quantizer(ABC):
         missing = [req for req in cls.requires if not _installed(req)]
         if missing:
             raise MissingDependency(
-                f"{cls.name} needs {', '.join(missing)}, not installed here: pip install {' '.join(repr(m) for m in missing)}"
+                f"{cls.name} needs {', '.join(missing)}, not installed here: "
+                f"pip install {' '.join(repr(m) for m in missing)}"
             )
 
     @classmethod
@@ -312,6 +318,11 @@ def _installed(requirement: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return req.specifier.contains(version, prereleases=True)
+
+
+def code_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `Quantizer.to_dict()` decides the codes; the rest is about a vendor's forward."""
+    return {k: v for k, v in options.items() if k not in ("compute_dtype", "threshold")}
 
 
 def _to_json(value: Any) -> Any:

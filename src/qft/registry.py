@@ -52,9 +52,7 @@ _entries: dict[str, Entry] = {
         "NF4, blocks of 64 (bitsandbytes)",
     ),
     "fp4": Entry(f"{_BNB}:BitsAndBytes4bit", {"quant_type": "fp4"}, ("bnb-fp4",), "FP4, blocks of 64 (bitsandbytes)"),
-    "int8": Entry(
-        f"{_BNB}:BitsAndBytes8bit", {}, ("llm.int8", "bitsandbytes_8bit"), "LLM.int8() (bitsandbytes)"
-    ),
+    "int8": Entry(f"{_BNB}:BitsAndBytes8bit", {}, ("llm.int8", "bitsandbytes_8bit"), "LLM.int8() (bitsandbytes)"),
     "reference": Entry(
         "qft.backends.reference:Reference", {}, (), "NF4, FP4, integers of 2 to 8 bits, in pure PyTorch, on any device"
     ),
@@ -329,12 +327,10 @@ def quantizer_of(module: nn.Module) -> Quantizer | None:
     own = module.__dict__.get("quantizer")  # a PackedLinear
     if isinstance(own, Quantizer):
         return own
-    for cls in _owners(type(module)):
+    for cls in _owners(type(module)):  # type: ignore[arg-type]
         quantizer = cls.recognise(module)
         if quantizer is not None:
             quantizer.adopt(module)
             module._qft_quantizer = quantizer
             return quantizer
     return None
-
-

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import qft.marks as marks
 from qft.backends.unquantized import is_float_linear
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
 from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Quantizer, float_weight, is_conv1d, replace_module
+from qft.quantizer import Quantizer, code_options, float_weight, is_conv1d, replace_module
 from qft.registry import get_quantizer, quantizer_of
 
 METHOD = "qft"
@@ -97,6 +97,8 @@ class QftHfQuantizer(HfQuantizer):
         return dtype
 
     def get_state_dict_and_metadata(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        if getattr(model, "_hf_peft_config_loaded", False):  # adapters of transformers' add_adapter are what is saved
+            return None, {}
         return _bare_state_dict(model), {}  # whatever state dict save_pretrained was given, it takes this one
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -118,8 +120,11 @@ class QftHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.plan is None:
+            _check_packed_layers(model, self.quantization_config)
             _dtype_floats(model, self.quantization_config)
-            quantizers = {n: m.quantizer for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+            quantizers: dict[str, Quantizer] = {
+                n: m.quantizer for n, m in model.named_modules() if isinstance(m, PackedLinear)
+            }
             marks.mark(model, marks.Record(quantizers=quantizers))
         return model
 
@@ -131,11 +136,16 @@ class _QuantizeOnLoad(ConversionOps):
         self.plan = plan
 
     def convert(self, input_dict, *, model=None, missing_keys=None, **kwargs):
+        others = {}
         for name, value in input_dict.items():
-            self.plan.arrive(model, name, value[0] if isinstance(value, list) else value)
+            value = value[0] if isinstance(value, list) else value
+            if not self.plan.wants(name):  # stored as one tensor with one that is quantized
+                others[name] = value
+                continue
+            self.plan.arrive(model, name, value)
             if missing_keys is not None:
                 missing_keys.discard(name)
-        return {}
+        return others
 
 
 def _build_packed_layers(model: nn.Module, config: QftConfig) -> None:
@@ -158,6 +168,15 @@ def _build_packed_layers(model: nn.Module, config: QftConfig) -> None:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadFolder(f"this model's quantization_config does not fit it: {error!r}") from error
+
+
+def _check_packed_layers(model: nn.Module, config: QftConfig) -> None:
+    for name, (index, out_features, in_features, _, dtype) in config.layers.items():
+        template = config.templates[f"{index}:{out_features}x{in_features}:{dtype}"]
+        for key, tensor in model.get_submodule(name).packed.items():
+            if [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] != template[key]:
+                found = f"{tuple(tensor.shape)} in {tensor.dtype}"
+                raise BadFolder(f"the checkpoint's {name}.{key} is {found}, and its config says {template[key]}")
 
 
 def _dtype_floats(model: nn.Module, config: QftConfig) -> None:
@@ -200,18 +219,50 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
         described: Any = describe_packed(model, record)
         described.qft_serializable = all(q.capabilities.serializable for q in quantizers)
     else:
-        described = quantizers[0].transformers_config(_unquantized_linears(model)) if len(quantizers) == 1 else None
+        described = None
+        if len(quantizers) == 1:
+            described = quantizers[0].transformers_config(_unquantized_linears(model), getattr(model, "dtype", None))
         if described is None:
             described = QftConfig(quantizers)
             described.qft_serializable = False
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # they make TRL cast adapters to bf16
         model.__dict__.pop(flag, None)
+    _keep_codes_apart(model, record)
     model.hf_quantizer = QftHfQuantizer(described)
     model.is_quantized = True
     model.quantization_method = described.quant_method
     config.quantization_config = described
     if torch.cuda.device_count() > 1:  # Trainer would wrap in DataParallel, which copies packed weights wrongly
         model.is_parallelizable = model.model_parallel = True
+
+
+def _keep_codes_apart(model: nn.Module, record: marks.Record) -> None:
+    """Have `save_pretrained` fuse no quantized layers into the tensors that the model's original files had.
+
+    transformers splits or fuses weights of some models while it loads them, and undoes that where it saves, with codes
+    and constants as with floats: what it writes cannot be read. Unfused, it can.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # what save_pretrained takes for a model that was built in memory
+        conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+    weights = [f"{name}.weight" for name in record.quantizers]
+
+    def touches(conversion: Any) -> bool:
+        if not isinstance(conversion, WeightConverter):
+            return False
+        try:
+            back = conversion.reverse_transform()
+        except Exception:
+            return True
+        return any(back.rename_source_key(w)[1] is not None for w in weights)
+
+    kept = [c for c in conversions if not touches(c)]
+    if len(kept) < len(conversions):
+        model.__dict__.setdefault("_qft_conversions", getattr(model, "_weight_conversions", None))
+        model._weight_conversions = kept
 
 
 def _unquantized_linears(model: nn.Module) -> list[str]:
@@ -225,6 +276,8 @@ def _unquantized_linears(model: nn.Module) -> list[str]:
 def unmark(model: nn.Module) -> None:
     """Remove every mark: the model is a plain float model again."""
     model.__dict__.pop("_qft", None)
+    if "_qft_conversions" in model.__dict__:
+        model._weight_conversions = model.__dict__.pop("_qft_conversions")
     for name in (
         "hf_quantizer",
         "is_quantized",
@@ -429,35 +482,66 @@ def restore_base(model: nn.Module, folder: Path, record: marks.Record) -> None:
     Raises:
         BadFolder: files that are missing, damaged, or of another model.
     """
-    tensors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in record.quantizers}
-    names = sorted(record.quantizers, key=len, reverse=True)
-    files = sorted(folder.glob("*.safetensors"))
-    try:
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    owner = next((n for n in names if key.startswith(n + ".")), None)
-                    if owner is not None:
-                        tensors[owner][key.removeprefix(owner + ".")] = file.get_tensor(key)
-    except Exception as error:
-        raise BadFolder(f"cannot read the base in {folder}: {error}") from error
+    tensors = _read_base(folder, record.quantizers, lambda file, key: file.get_tensor(key))
     layers = {n: m for n, m in _bare_layers(marks.base_model(model)) if quantizer_of(m) is not None and n in tensors}
     for name, state in tensors.items():  # all of it before the first layer changes
-        here = layers[name].state_dict()
-        wrong = [k for k in here if k != "bias" and not _alike(k, here[k], state.get(k))]
-        if wrong:
-            raise BadFolder(f"{folder} holds no fitting {name}.{wrong[0]}: it is the base of another model, or incomplete")
+        _check_state(folder, name, state, layers[name].state_dict())
     for name, state in tensors.items():
         quantizer = record.quantizers[name]
         quantizer.load_state(quantizer.weights(layers[name])[0], state)
     record.base_changed = True
 
 
-def _alike(key: str, here: torch.Tensor, there: torch.Tensor | None) -> bool:
-    if there is None:
-        return False
-    # bitsandbytes keeps its options as JSON in a tensor of bytes
-    return "quant_state." in key or (here.shape, here.dtype) == (there.shape, there.dtype)
+def check_stored_base(folder: Path, base: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
+    """Check a stored base, without reading it, against a float model that is yet to be quantized.
+
+    Raises:
+        BadFolder: as `restore_base`.
+    """
+    from qft.loading import with_weight
+
+    stored = _read_base(folder, quantizers, _header)
+    expected: dict[Any, dict[str, torch.Tensor]] = {}
+    for name, quantizer in quantizers.items():
+        old = base.get_submodule(name)
+        kind = (quantizer, type(old), old.weight.shape, old.weight.dtype, old.weight.device)
+        if kind not in expected:
+            twin = with_weight(old, torch.zeros_like(old.weight))
+            expected[kind] = quantizer.on_device(old.weight.device).quantize_layer(twin).state_dict()
+        _check_state(folder, name, stored[name], expected[kind])
+
+
+def _read_base(folder: Path, names: Iterable[str], read: Callable[[Any, str], torch.Tensor]) -> dict[str, dict]:
+    tensors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
+    longest_first = sorted(tensors, key=len, reverse=True)
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    owner = next((n for n in longest_first if key.startswith(n + ".")), None)
+                    if owner is not None:
+                        tensors[owner][key.removeprefix(owner + ".")] = read(file, key)
+    except Exception as error:
+        raise BadFolder(f"cannot read the base in {folder}: {error}") from error
+    return tensors
+
+
+def _header(file: Any, key: str) -> torch.Tensor:
+    """A tensor's shape and dtype, as a tensor without values."""
+    view = file.get_slice(key)
+    shape = view.get_shape()
+    return torch.empty(shape, dtype=(view[:0] if shape else file.get_tensor(key)).dtype, device="meta")
+
+
+def _check_state(folder: Path, name: str, stored: Mapping[str, Any], here: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in here.items():
+        if key == "bias":
+            continue
+        found = stored.get(key)
+        # bitsandbytes keeps its options as JSON in a tensor of bytes, whose length may differ
+        same = "quant_state." in key or (found is not None and (found.shape, found.dtype) == (tensor.shape, tensor.dtype))
+        if found is None or not same:
+            raise BadFolder(f"{folder} holds no fitting {name}.{key}: it is the base of another model, or incomplete")
 
 
 def load(folder: str | os.PathLike[str], base: Any = None, *, is_trainable: bool = False, **kwargs: Any) -> nn.Module:
@@ -499,7 +583,7 @@ def check_adapter_files(folder: Path) -> None:
         raise BadFolder(f"{folder} has no adapter_model.safetensors; qft reads no pickle files (adapter_model.bin)")
     try:
         with safe_open(weights, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
+            for key in file.keys():
                 file.get_slice(key)
     except Exception as error:
         raise BadFolder(f"{weights} is damaged: {error}") from error
@@ -508,7 +592,7 @@ def check_adapter_files(folder: Path) -> None:
 def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights in an adapter's file, by their names in it."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
 
 
 def check_float_origin(note: dict[str, Any], base: nn.Module) -> None:
@@ -524,14 +608,16 @@ def check_float_origin(note: dict[str, Any], base: nn.Module) -> None:
             f"this adapter was trained over another kind of model: {len(absent)} of its {len(note['layers'])} quantized "
             f"layers are no linear layers of this {type(base).__name__}, {absent[0]} first"
         )
-    _check_fingerprints(note, {n: marks.of_weight(float_weight(modules[n])) for n in note["fingerprint"] if n in modules})
+    _check_fingerprints(
+        note, {n: marks.of_weight(float_weight(modules[n])) for n in note["fingerprint"] if n in modules}
+    )
 
 
 def _check_fingerprints(note: dict[str, Any], here: dict[str, Any]) -> None:
     differ = marks.same_origin(note["fingerprint"], here)
     if differ:
         raise AdapterMismatch(
-            f"this adapter was trained over other original weights: {len(differ)} of {len(note['fingerprint'])} "
+            f"this adapter was trained over other original weights: {len(differ)} of {len({**note['fingerprint'], **here})} "
             f"layers differ, {differ[0]} first; load the base that it was trained over"
         )
 
@@ -551,14 +637,14 @@ def check_origin(note: dict[str, Any], record: marks.Record) -> None:
             QftWarning,
             stacklevel=4,
         )
-    saved = {n: note["quantizers"][i] for n, i in note["layers"].items()}
-    here = {n: q.to_dict() for n, q in record.quantizers.items()}
-    if saved != here:
-        some = next(iter(saved.values()))["name"]
-        now = next(iter(here.values()))["name"]
+    saved = {n: code_options(note["quantizers"][i]) for n, i in note["layers"].items()}
+    here = {n: code_options(q.to_dict()) for n, q in record.quantizers.items()}
+    differ = [n for n in {**saved, **here} if saved.get(n) != here.get(n)]
+    if differ:
+        was, now = saved.get(differ[0], "not quantized"), here.get(differ[0], "not quantized")
         warnings.warn(
-            f"this adapter was trained over another quantization of these weights ({some}, now {now}): its outputs "
-            "will differ a little",
+            f"this adapter was trained over another quantization of these weights: {len(differ)} layers differ, "
+            f"{differ[0]} first (it was {was}, and is {now}); outputs will differ a little",
             QftWarning,
             stacklevel=4,
         )

@@ -37,7 +37,7 @@ def select(
     Args:
         quantizers: by module pattern (`fnmatch`); the first that matches wins, None leaves the layer.
         skip: names as `target_modules` takes them: a regular expression for the whole name, or a list of names or
-            last parts of names. They add to the default skips.
+            last parts of names. A module is skipped with all that is in it. They add to the default skips.
 
     Raises:
         NoTargets: no layer is left to quantize.
@@ -46,8 +46,11 @@ def select(
     skips = _Skips(skip)
     reasons = default_skips(model)
     chosen = Selection(experts=_fused_experts(model))
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        skipped = skips(name)
+        skipped = skips(name) or name.startswith(inside)
+        if skipped:
+            inside += (f"{name}.",)
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
             continue
         quantizer = next((q for pattern, q in quantizers.items() if fnmatchcase(name, pattern)), None)

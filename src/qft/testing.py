@@ -182,7 +182,7 @@ class _Run:
         from transformers.pytorch_utils import Conv1D
 
         torch.manual_seed(1)
-        _, new, handle, q = self.quantized(Conv1D(96, 64).to(self.device).requires_grad_(False))
+        _, _, handle, q = self.quantized(Conv1D(96, 64).to(self.device).requires_grad_(False))
         assert (handle.kind, handle.transposed, tuple(handle.shape)) == ("conv1d", True, (96, 64)), str(handle)
         x = torch.randn(5, 64, device=self.device)
         y = lora_linear(x, dequantizer(q, handle), handle.bias)
@@ -350,7 +350,11 @@ class _Run:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
-    return a.dtype == b.dtype and a.shape == b.shape and bool((a.view(-1).view(torch.uint8) == b.view(-1).view(torch.uint8)).all())
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and bool((a.view(-1).view(torch.uint8) == b.view(-1).view(torch.uint8)).all())
+    )
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qft.errors import BadOption, QftWarning
 from qft.lora.autograd import lora_linear
 from qft.packed import dequantizer
-from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, float_weight, is_conv1d
+from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, float_weight
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEVICES = frozenset({"cpu", "cuda", "xpu"})
@@ -244,14 +244,14 @@ class BitsAndBytes4bit(_BitsAndBytes):
         constants = blocks + 4 * -(-blocks // 256) + 4 if self.double_quant else 4 * blocks
         return -(-n // 2) + constants
 
-    def transformers_config(self, skipped: list[str]) -> Any:
+    def transformers_config(self, skipped: list[str], dtype: torch.dtype | None) -> Any:
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=self.compute_dtype,
+            bnb_4bit_compute_dtype=self.compute_dtype or dtype,  # float32, slow and unlike us, where it is left open
             bnb_4bit_quant_storage=self.quant_storage,
             llm_int8_skip_modules=skipped,
         )
@@ -340,12 +340,10 @@ class BitsAndBytes8bit(_BitsAndBytes):
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return prod(shape) + 4 * prod(shape[:-1])
 
-    def transformers_config(self, skipped: list[str]) -> Any:
+    def transformers_config(self, skipped: list[str], dtype: torch.dtype | None) -> Any:
         from transformers import BitsAndBytesConfig
 
-        return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=self.threshold, llm_int8_skip_modules=skipped
-        )
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.threshold, llm_int8_skip_modules=skipped)
 
     @staticmethod
     def _is_quantized(module: nn.Module) -> bool:

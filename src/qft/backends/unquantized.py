@@ -29,9 +29,7 @@ class Unquantized(Quantizer):
         conv1d = is_conv1d(module)
         weight = float_weight(module)
         kind = "conv1d" if conv1d else "linear"
-        return (
-            QuantizedWeight(module, "weight", tuple(weight.shape), kind, conv1d, weight.dtype, module.bias),
-        )
+        return (QuantizedWeight(module, "weight", tuple(weight.shape), kind, conv1d, weight.dtype, module.bias),)
 
     def quantize_layer(self, module: nn.Module, *, statistics: Any = None) -> nn.Module:
         return module

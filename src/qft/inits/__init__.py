@@ -214,7 +214,9 @@ def resolve_init(init: Any, config: LoraConfig) -> tuple[AdapterInit | None, Lor
             raise BadOption(f"no init is called {init!r}; known: loftq, zero (PEFT's own start)")
         init = LoftQ()
     if not isinstance(init, AdapterInit):
-        raise BadOption(f"init={init!r} is no init: give a name such as 'loftq', or an object such as qft.LoftQ(steps=5)")
+        raise BadOption(
+            f"init={init!r:.100} is no init: give a name such as 'loftq', or an object such as qft.LoftQ(steps=5)"
+        )
     config.init_lora_weights = True
     return init, config
 

@@ -46,12 +46,12 @@ class LoftQ(AdapterInit):
         statistics: Any = None,
         roundtrip: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        best, best_error, base = None, float("inf"), None
-        source = None
-        for step in range(self.steps):
-            if step:
-                source = weight - low_rank(b, a, scaling)
-                quantized = roundtrip(source)
+        a, b = fit(weight - quantized, rank, scaling)
+        best, base = (a, b), None
+        best_error = float((weight - quantized - low_rank(b, a, scaling)).norm())
+        for _ in range(self.steps - 1):
+            source = weight - low_rank(b, a, scaling)
+            quantized = roundtrip(source)
             a, b = fit(weight - quantized, rank, scaling)
             error = float((weight - quantized - low_rank(b, a, scaling)).norm())
             if error < best_error:

@@ -73,9 +73,7 @@ class _LoraLinear(torch.autograd.Function):
             elif need_x:
                 gx.addmm_(gh, a, alpha=scaling)
             if biased:
-                grads.append(
-                    g.sum(0, dtype=torch.float32).mul_(scaling).to(ctx.dtypes[at]) if needs[at] else None
-                )
+                grads.append(g.sum(0, dtype=torch.float32).mul_(scaling).to(ctx.dtypes[at]) if needs[at] else None)
                 at += 1
         return gx, gbias, None, None, None, None, *grads
 

@@ -288,8 +288,6 @@ class QftLinear(Linear):
     ) -> nn.Module:
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        elif self.merged:
-            self.unmerge()
         return self.base_layer
 
     def __repr__(self) -> str:

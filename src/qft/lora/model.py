@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qft.backends.unquantized import is_float_linear
 from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOperation
+from qft.guard import as_it_was
 from qft.lora.layer import QftLinear, WeightMerge
 from qft.marks import record_of
 from qft.registry import quantizer_of
@@ -118,11 +119,12 @@ class QftLoraModel(LoraModel):
         if record is not None and merge:
             self._check_all(adapter_names)
         layers = [m for m in self.model.modules() if isinstance(m, QftLinear)]
-        model = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        with all_or_nothing(self.model), as_it_was(self.model):
+            model = super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
         merges = [m.last_merge for m in layers if m.merged and m.last_merge is not None]
-        if record is not None and merge and merges:
+        if record is not None and merges:
             record.base_changed = True
             warn_of_loss(merges)
         return model
@@ -175,7 +177,9 @@ def check_config(config: LoraConfig) -> None:
     """
     for field, label in _REFUSED.items():
         if getattr(config, field, None):
-            raise UnsupportedOperation(f"{label} ({field}) is not supported over quantized weights; plain LoRA, rsLoRA and DoRA are")
+            raise UnsupportedOperation(
+                f"{label} ({field}) is not supported over quantized weights; plain LoRA, rsLoRA and DoRA are"
+            )
     if config.init_lora_weights not in KEPT_INITS:
         raise BadOption(
             f"init_lora_weights={config.init_lora_weights!r} rewrites the float base weights, which PEFT cannot do over "
@@ -265,7 +269,7 @@ def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
             raise BadShape(f"rank {rank} is larger than {name}, whose weight is {shape[0]} × {shape[1]}")
         found[name] = rank
     if not found and not other and not config.target_parameters:
-        some = [n for n, m in model.named_modules() if _quantized(m)][:4]
+        some = [n for n, m in model.named_modules() if _quantized(m) or is_float_linear(m)][:4]
         raise NoTargets(
             f"target_modules={config.target_modules!r} matches no layer; this model has, among others, {', '.join(some)}; "
             "'all-linear' takes all of them"
@@ -283,8 +287,6 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 def install() -> None:
     """Put `QftLoraModel` in the place of PEFT's `LoraModel`: it is one on every model that qft did not mark."""
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = QftLoraModel
-
-
 
 
 install()
