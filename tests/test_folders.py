@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import BUILDERS, batch, llama, logits, plain, qwen2, relative, train_a_little
+from models import BUILDERS, batch, llama, logits, plain, qwen2, qwen3_moe, relative, train_a_little
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -193,6 +193,47 @@ def test_submodules_configs_keep_nothing_of_the_load(folders):
         assert getattr(stored, "plan", None) is None
     merged = qft.merge_to_float(model)
     assert not [n for n, m in merged.named_modules() if hasattr(getattr(m, "config", None), "quantization_config")]
+
+
+def test_a_mixture_of_experts_from_a_folder(tmp_path):
+    """Stored one expert a tensor, fused while loading, left in float: the rest is quantized."""
+    qwen3_moe().save_pretrained(tmp_path, max_shard_size="100KB")
+    expected = qft.quantize(qwen3_moe(), "nf4", progress=False)
+    model = qft.quantize(tmp_path, "nf4", progress=False)
+    assert same_tensors(model, expected)
+    assert model._qft.experts == expected._qft.experts and len(model._qft.experts) == 4
+    assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.fixture
+def fused_on_disk(monkeypatch):
+    """Llamas whose files hold gate_proj and up_proj as one tensor, and q, k and v: some models' files do."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    gate_up = WeightConverter("mlp.gate_up_proj.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)])
+    qkv = WeightConverter("attn.qkv", ["attn.q_proj", "attn.k_proj", "attn.v_proj"], [Chunk(dim=0)])
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [gate_up, qkv])
+    return lambda: llama(num_key_value_heads=4)
+
+
+@pytest.mark.parametrize("skip", [None, ["gate_proj"], ["up_proj", "q_proj"]])
+@pytest.mark.parametrize("spec", ["nf4", "int8", "reference"])
+def test_weights_that_are_fused_on_disk(fused_on_disk, tmp_path, spec, skip):
+    """transformers fuses them again where it saves, and would do that with codes: then nothing can read them."""
+    fused_on_disk().save_pretrained(tmp_path / "float")
+    stored = load_file(tmp_path / "float" / "model.safetensors")
+    assert "model.layers.0.self_attn.qkv.weight" in stored and "model.layers.0.mlp.up_proj.weight" not in stored
+    expected = qft.quantize(fused_on_disk(), spec, skip=skip, progress=False)
+    model = qft.quantize(tmp_path / "float", spec, skip=skip, progress=False)
+    assert same_tensors(model, expected)
+    for n, source in enumerate((model, expected)):
+        source.save_pretrained(tmp_path / f"quantized{n}")
+        again = type(model).from_pretrained(tmp_path / f"quantized{n}")
+        assert torch.equal(logits(again), logits(model))
+    qft.merge_to_float(model).save_pretrained(tmp_path / "merged")
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == stored.keys()
 
 
 # ---- bad folders -----------------------------------------------------------------------------------------

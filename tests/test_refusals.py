@@ -1,5 +1,6 @@
 """Bad input: every refusal says what to do, is the builtin that fits, and leaves the model as it was, to the bit."""
 
+import copy
 import errno
 import json
 import shutil
@@ -54,6 +55,29 @@ def test_the_error_tree_is_the_one_of_the_design():
     assert found == {qft.QftError, *BUILTIN}
     assert all(issubclass(error, builtin) for error, builtin in BUILTIN.items())
     assert issubclass(qft.QftWarning, UserWarning)
+
+
+def test_the_comparison_sees_what_it_is_there_to_see():
+    def replaced(model):
+        model.model.layers[0].mlp.up_proj = copy.deepcopy(model.model.layers[0].mlp.up_proj)
+
+    changes = [
+        lambda m: m.model.layers[1].mlp.up_proj.weight.data[3, 4].add_(1e-7),
+        lambda m: m.model.norm.weight.requires_grad_(False),
+        lambda m: m.model.layers[0].eval(),
+        lambda m: m.model.embed_tokens.register_forward_hook(lambda *args: None),
+        lambda m: setattr(m, "is_quantized", True),
+        lambda m: setattr(m.config, "quantization_config", {}),
+        lambda m: m.model.layers[0].mlp.up_proj.register_buffer("extra", torch.zeros(1)),
+        lambda m: setattr(m.model.layers[1].mlp.up_proj, "weight", nn.Parameter(m.model.layers[1].mlp.up_proj.weight.data)),
+        replaced,
+    ]
+    for change in changes:
+        model = in_use(llama())
+        with pytest.raises(AssertionError), unchanged(model):
+            change(model)
+    with unchanged(model):
+        pass
 
 
 # ---- quantize: names, options, devices, weights -----------------------------------------------------------
@@ -641,25 +665,29 @@ def test_an_update_that_the_format_cannot_hold_is_not_merged():
         qft.merge_to_float(model, dtype="float16")
 
 
-def test_a_second_merge_that_fails_keeps_the_first():
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_a_second_merge_that_fails_keeps_the_first(value):
+    """Refused at once for NaN; for a product that overflows, at the last of the layers."""
     model = tuned()
-    model.add_adapter("broken", lora())
-    qft.merge(model)
-    model.base_model.model.model.layers[1].mlp.down_proj.lora_A["broken"].weight.data.fill_(float("nan"))
-    model.base_model.set_adapter(["broken"])
-    merged = {n: list(m.merged_adapters) for n, m in model.named_modules() if hasattr(m, "merged_adapters")}
-    with refuses(qft.NonFiniteWeights, model=model):
-        qft.merge(model)
-    assert merged == {n: list(m.merged_adapters) for n, m in model.named_modules() if hasattr(m, "merged_adapters")}
-    for matrix in (m for n, m in model.named_modules() if n.endswith(("lora_A.broken", "lora_B.broken"))):
-        matrix.weight.data.fill_(1e30 if "layers.1.mlp.down_proj" in matrix_name(model, matrix) else 0.01)
-    with refuses(qft.NonFiniteWeights, model=model):
-        qft.merge(model)
-    assert merged == {n: list(m.merged_adapters) for n, m in model.named_modules() if hasattr(m, "merged_adapters")}
+    model.add_adapter("second", lora())
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        if ".second." in name:
+            parameter.data.fill_(value if "layers.1.mlp.down_proj" in name else 0.01)
+    model.merge_adapter(["default"])
 
+    def merged():
+        return [list(m.merged_adapters) for m in model.modules() if hasattr(m, "merged_adapters")]
 
-def matrix_name(model, module):
-    return next(n for n, m in model.named_modules() if m is module)
+    assert merged() == [["default"]] * 14
+    for merge in (qft.merge, lambda m: m.merge_adapter(["second"])):
+        with refuses(qft.NonFiniteWeights, "nothing was merged", model=model):
+            merge(model)
+        assert merged() == [["default"]] * 14
+    qft.unmerge(model)
+    assert torch.equal(
+        model.base_model.model.model.layers[0].mlp.up_proj.base_layer.qweight, quantized().model.layers[0].mlp.up_proj.qweight
+    )
 
 
 def test_merges_that_the_backend_cannot_do():
@@ -1110,10 +1138,11 @@ STORED = "model.layers.1.mlp.up_proj.qweight"
         (lambda f: shutil.rmtree(f), ["base"]),
         (lambda f: drop(f / "model.safetensors", key=STORED), [STORED]),
         (lambda f: change(f / "model.safetensors", key=STORED, value=lambda t: t[:7]), ["up_proj"]),
-        (lambda f: change(f / "model.safetensors", key=STORED, value=lambda t: t.float()), ["up_proj"]),
+        (lambda f: change(f / "model.safetensors", key=STORED, value=lambda t: t.half()), ["up_proj"]),
     ],
+    ids=["cut", "no file", "no folder", "a layer missing", "another shape", "another dtype"],
 )
-def test_stored_bases_that_are_not_sound(spoil, says, tmp_path):
+def test_stored_bases_that_are_not_sound(spoil, says, request, tmp_path):
     """After iterated LoftQ the codes are in the folder: over a base that is given, and without one."""
     folder = tmp_path / "adapter"
     model = qft.quantize_and_wrap(llama(), "reference", adapter=lora(), init=qft.LoftQ(steps=2), progress=False).eval()
@@ -1121,11 +1150,12 @@ def test_stored_bases_that_are_not_sound(spoil, says, tmp_path):
     sound = qft.load(folder, quantized())
     assert torch.equal(logits(sound), logits(model))
     spoil(folder / "base")
-    base = in_use(quantized())
-    with refuses(qft.BadFolder, *says, model=base):
-        qft.load(folder, base)
-    with refuses(qft.BadFolder):
-        qft.load(folder)
+    for base in (in_use(quantized()), in_use(llama())):
+        with refuses(qft.BadFolder, *says, model=base):
+            qft.load(folder, base)
+    if "another dtype" not in request.node.name:  # transformers casts codes back as it loads them, which loses nothing
+        with refuses(qft.BadFolder):
+            qft.load(folder)
 
 
 def test_a_changed_base_goes_over_no_other_base(tmp_path):

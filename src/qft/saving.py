@@ -99,6 +99,7 @@ class QftHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters of transformers' add_adapter are what is saved
             return None, {}
+        _keep_codes_apart(model)
         return _bare_state_dict(model), {}  # whatever state dict save_pretrained was given, it takes this one
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -120,7 +121,6 @@ class QftHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.plan is None:
-            _check_packed_layers(model, self.quantization_config)
             _dtype_floats(model, self.quantization_config)
             quantizers: dict[str, Quantizer] = {
                 n: m.quantizer for n, m in model.named_modules() if isinstance(m, PackedLinear)
@@ -168,15 +168,6 @@ def _build_packed_layers(model: nn.Module, config: QftConfig) -> None:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadFolder(f"this model's quantization_config does not fit it: {error!r}") from error
-
-
-def _check_packed_layers(model: nn.Module, config: QftConfig) -> None:
-    for name, (index, out_features, in_features, _, dtype) in config.layers.items():
-        template = config.templates[f"{index}:{out_features}x{in_features}:{dtype}"]
-        for key, tensor in model.get_submodule(name).packed.items():
-            if [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] != template[key]:
-                found = f"{tuple(tensor.shape)} in {tensor.dtype}"
-                raise BadFolder(f"the checkpoint's {name}.{key} is {found}, and its config says {template[key]}")
 
 
 def _dtype_floats(model: nn.Module, config: QftConfig) -> None:
@@ -227,7 +218,6 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
             described.qft_serializable = False
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # they make TRL cast adapters to bf16
         model.__dict__.pop(flag, None)
-    _keep_codes_apart(model, record)
     model.hf_quantizer = QftHfQuantizer(described)
     model.is_quantized = True
     model.quantization_method = described.quant_method
@@ -236,7 +226,7 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
         model.is_parallelizable = model.model_parallel = True
 
 
-def _keep_codes_apart(model: nn.Module, record: marks.Record) -> None:
+def _keep_codes_apart(model: nn.Module) -> None:
     """Have `save_pretrained` fuse no quantized layers into the tensors that the model's original files had.
 
     transformers splits or fuses weights of some models while it loads them, and undoes that where it saves, with codes
@@ -248,7 +238,7 @@ def _keep_codes_apart(model: nn.Module, record: marks.Record) -> None:
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # what save_pretrained takes for a model that was built in memory
         conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
-    weights = [f"{name}.weight" for name in record.quantizers]
+    weights = [f"{name}.weight" for name, module in _bare_layers(model) if quantizer_of(module) is not None]
 
     def touches(conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):

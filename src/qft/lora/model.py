@@ -119,7 +119,7 @@ class QftLoraModel(LoraModel):
         if record is not None and merge:
             self._check_all(adapter_names)
         layers = [m for m in self.model.modules() if isinstance(m, QftLinear)]
-        with all_or_nothing(self.model), as_it_was(self.model):
+        with as_it_was(self.model), all_or_nothing(self.model):
             model = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
