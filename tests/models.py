@@ -161,3 +161,8 @@ def relative(a, b):
     """‖a − b‖ / ‖b‖ in float64."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return float((a - b).norm() / b.norm())
+
+
+def name_of(value):
+    """A parameter's name in a test's id: functions by their own, since addresses differ between workers."""
+    return getattr(value, "__name__", None) or str(value)

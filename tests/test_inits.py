@@ -122,7 +122,7 @@ def test_the_error_only_falls_with_the_rank(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("scaling", ["alpha > r", "negative", "patterns, rslora"])
 def test_more_steps_are_never_worse(spec, scaling):
     """The best iterate is kept, and it is that of the stored Ŵ, not of one that was thrown away."""
     float_model = llama()
@@ -152,9 +152,8 @@ def test_the_iterated_start_is_loftqs_algorithm(spec):
         assert mine == pytest.approx(best, rel=1e-3)  # a code on an edge may fall to either side and change what follows
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(("spec", "steps"), [*((s, 1) for s in SPECS), ("nf4", 5), (SPECS[-1], 5)])
 @pytest.mark.parametrize("builder", BUILDERS)
-@pytest.mark.parametrize("steps", [1, 5])
 def test_the_model_starts_nearer_to_the_float_one(spec, builder, steps):
     """The outputs of the wrapped model, by a margin; without the adapter it is the quantized model of one step."""
     float_model = BUILDERS[builder]()
@@ -428,8 +427,9 @@ def test_an_alpha_of_zero_cannot_start_anywhere(alpha):
 # ---- over a model that was quantized before -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize(
+    ("spec", "builder"), [*((s, "gpt2") for s in SPECS), *(("nf4", b) for b in BUILDERS if b != "gpt2")]
+)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_original_gives_what_one_go_gives(spec, builder, steps, tmp_path):
     """The float model, or its folder, brought along later: the same bits."""

@@ -6,7 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
-from models import BUILDERS, batch, gpt2, llama, logits, plain, qwen2, qwen3_moe, relative, t5
+from models import BUILDERS, batch, gpt2, llama, logits, name_of, plain, qwen2, qwen3_moe, relative, t5
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -71,7 +71,7 @@ def test_outputs_and_gradients_are_those_of_plain_peft(spec, builder, variant):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("variant", VARIANTS.keys() - {"lora", "dora", "lora_bias"})
+@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"lora", "dora", "lora_bias"}))
 @pytest.mark.parametrize("builder", [qwen2, gpt2])
 def test_variants_are_those_of_plain_peft(spec, variant, builder):
     evaluated, trained, gradients = both_errors(*pair(builder, spec, config(**VARIANTS[variant])))
@@ -100,7 +100,7 @@ def test_variants_are_those_of_plain_peft(spec, variant, builder):
         {"init_lora_weights": "orthogonal"},
         {"init_lora_weights": False},
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_what_a_config_chooses_is_what_plain_peft_chooses(options):
     ours, theirs = pair(llama, "reference", config(**options))
@@ -114,7 +114,7 @@ def test_what_a_config_chooses_is_what_plain_peft_chooses(options):
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("variant", ["lora", "dora", "lora_bias"])
 @pytest.mark.parametrize(
-    ("builder", "skip"), [(qwen2, ["v_proj", "mlp"]), (gpt2, ["c_attn"]), (plain, ["blocks.1"])], ids=lambda v: str(v)
+    ("builder", "skip"), [(qwen2, ["v_proj", "mlp"]), (gpt2, ["c_attn"]), (plain, ["blocks.1"])], ids=name_of
 )
 def test_float_layers_of_a_quantized_model_are_adapted_alike(spec, variant, builder, skip):
     ours, theirs = pair(builder, spec, config(**VARIANTS[variant]), skip=skip)
@@ -127,7 +127,7 @@ def test_float_layers_of_a_quantized_model_are_adapted_alike(spec, variant, buil
     assert gradients < 2e-5
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=name_of)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("variant", ["lora", "dora", "dropout"])
 def test_sixteen_bit_outputs_are_those_of_plain_peft(spec, variant, dtype, bound):
@@ -138,7 +138,7 @@ def test_sixteen_bit_outputs_are_those_of_plain_peft(spec, variant, dtype, bound
     assert trained < bound
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("spec", SPECS)
 def test_sixteen_bit_is_as_exact_as_plain_peft(spec, dtype):
     """Errors against float64, of the output and of every gradient: at most twice those of PEFT, at most 2 roundings."""
@@ -164,7 +164,7 @@ def test_sixteen_bit_is_as_exact_as_plain_peft(spec, dtype):
         assert error < 2 * torch.finfo(dtype).eps, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("spec", SPECS)
 def test_adapters_are_float32_masters(spec, dtype):
     model = qft.wrap(qft.quantize(llama(dtype), spec, progress=False), config(use_dora=True))
@@ -690,7 +690,7 @@ def test_inputs_that_are_not_contiguous(spec, variant):
     # bitsandbytes' own forward, without an adapter, returns a view and refuses
     [(spec, wrapped) for spec in SPECS for wrapped in (True, False) if wrapped or "reference" in spec],
 )
-@pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64), (64,)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64), (64,)], ids=name_of)
 def test_outputs_may_be_changed_in_place(spec, wrapped, shape):
     """As `nn.ReLU(inplace=True)` does behind a layer, while gradients are recorded."""
     torch.manual_seed(0)

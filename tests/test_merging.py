@@ -7,7 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
-from models import BUILDERS, gpt2, llama, logits, plain, qwen2, qwen3_moe, relative, t5, train_a_little
+from models import BUILDERS, gpt2, llama, logits, name_of, plain, qwen2, qwen3_moe, relative, t5, train_a_little
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -103,9 +103,9 @@ def test_unmerge_is_bit_exact(spec, builder, variant):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize(
-    ("builder", "skip"), [(llama, ["v_proj", "down_proj"]), (gpt2, ["c_attn"]), (t5, r".*\.(k|wi_0)")], ids=str
+    ("builder", "skip"), [(llama, ["v_proj", "down_proj"]), (gpt2, ["c_attn"]), (t5, r".*\.(k|wi_0)")], ids=name_of
 )
 def test_unmerge_is_bit_exact_over_sixteen_bit_and_skipped_layers(spec, dtype, builder, skip):
     """PEFT subtracts what it added, which in 16 bit does not come back; float layers that carry adapters included."""
@@ -258,7 +258,7 @@ def test_merge_to_float_gives_the_tuned_models_output(spec, builder, variant):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=name_of)
 @pytest.mark.parametrize(("builder", "variant"), [(b, v) for b, v in CASES if v != "rslora"])
 def test_merge_to_float_in_sixteen_bit(spec, builder, variant, dtype, bound):
     """The tuned model computes in 16 bit itself: its own rounding and the merged weight's are what is seen."""
@@ -275,7 +275,7 @@ def test_merge_to_float_in_sixteen_bit(spec, builder, variant, dtype, bound):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=name_of)
 def test_a_float32_model_merged_to_sixteen_bit(spec, dtype, bound):
     model = tuned(gpt2, spec)
     narrow = qft.merge_to_float(model, dtype=dtype)
@@ -369,7 +369,7 @@ def test_the_float_model_has_no_trace_of_qft_or_peft(spec, builder, tmp_path):
         (gpt2, {"bias": "lora_only", "modules_to_save": ["ln_f"]}, True),
         (qwen3_moe, {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, False),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_everything_that_was_trained_is_in_the_float_model(spec, builder, options, tied, tmp_path):
     """Whole modules, embeddings, single tokens, biases, experts; a head that parted from its embedding stays parted."""
@@ -722,7 +722,7 @@ def test_merging_twice_changes_nothing_more(spec):
     assert torch.equal(run(model), y)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("builder", [llama, qwen2], ids=["llama", "tied"])
 def test_adapters_on_embeddings_are_unmerged_to_the_bit(dtype, builder):
     model = tuned(builder, "nf4", dtype=dtype, target_modules=["q_proj", "embed_tokens"])
@@ -790,7 +790,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("spec", "variant"), HANDED_OVER)
-@pytest.mark.parametrize("dtype", EXCHANGED, ids=str)
+@pytest.mark.parametrize("dtype", EXCHANGED, ids=name_of)
 @pytest.mark.parametrize("builder", [llama, qwen2, gpt2], ids=["llama", "qwen2", "gpt2"])
 def test_our_adapter_in_plain_peft(spec, variant, dtype, builder, folders, tmp_path):
     """The saved folder, in stock PEFT over transformers' own bitsandbytes model: the same logits."""
@@ -809,7 +809,7 @@ def test_our_adapter_in_plain_peft(spec, variant, dtype, builder, folders, tmp_p
 
 
 @pytest.mark.parametrize(("spec", "variant"), HANDED_OVER)
-@pytest.mark.parametrize("dtype", EXCHANGED, ids=str)
+@pytest.mark.parametrize("dtype", EXCHANGED, ids=name_of)
 def test_plain_pefts_adapter_in_ours(spec, variant, dtype, folders, tmp_path):
     """Trained and saved by stock PEFT over bitsandbytes; loaded here by every door, over either kind of base."""
     folder = folders(qwen2, dtype)

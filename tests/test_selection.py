@@ -186,6 +186,45 @@ def test_a_quantized_model_computes_nearly_the_same(architecture, spec):
     assert relative(logits(model), before) < (0.3 if spec == "nf4" else 0.03)
 
 
+@pytest.mark.parametrize("spec", ["nf4", "int8", "reference:format=int,bits=8,group_size=32"])
+def test_a_mixture_of_experts_computes_nearly_the_same(spec):
+    """Most tokens still take the experts that they took."""
+    model = qwen3_moe()
+    before = logits(model)
+    qft.quantize(model, spec, progress=False)
+    assert relative(logits(model), before) < (0.3 if spec == "nf4" else 0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("architecture", BUILDERS)
+def test_in_16_bit_it_computes_nearly_the_same(architecture, dtype):
+    """Of T5 above all: what it casts its activations to is the dtype of a weight."""
+    float_model = BUILDERS[architecture]()
+    model = qft.quantize(BUILDERS[architecture](dtype), "reference:format=int,bits=8,group_size=32", progress=False)
+    out = logits(model)
+    assert out.dtype == dtype
+    assert relative(out, logits(float_model)) < 0.03
+
+
+def test_a_bare_multihead_attention_is_left_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+            self.mlp = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.mlp(self.attention(x, x, x)[0])
+
+    torch.manual_seed(0)
+    model, x = Model().eval(), torch.randn(2, 5, 64)
+    before, projection = model(x), model.attention.out_proj.weight.clone()
+    audit = quantized(model, "nf4")
+    assert set(audit.weights) == {"mlp"}
+    assert torch.equal(model.attention.out_proj.weight, projection)
+    assert relative(model(x), before) < 0.15
+
+
 @pytest.mark.parametrize("build", [bert, vit])
 def test_other_kinds_compute_nearly_the_same(build):
     model = build()
