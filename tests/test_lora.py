@@ -368,6 +368,16 @@ def test_all_linear_is_every_linear_but_the_head(builder, skip):
     assert codes < linears if skip or HEADS[builder] else codes == linears
 
 
+@pytest.mark.parametrize("skip", [["mlp"], r".*\.mlp", ["model.layers.0.mlp", "layers.1.mlp"]], ids=str)
+def test_a_skipped_module_is_skipped_with_all_that_is_in_it(skip):
+    """Nothing in it is quantized, and it is adapted like any other float layer."""
+    float_model = llama()
+    model = qft.quantize(llama(), "nf4", skip=skip, progress=False)
+    assert {n.split(".")[-2] for n, *_ in quantized(model)} == {"self_attn"}
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, float_model.model.layers[1].mlp.up_proj.weight)
+    assert {n for n in adapted(qft.wrap(model)) if ".mlp." in n}
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_mixture_of_experts(spec):
     """Experts stay in 16 bit and are named loudly; the router is neither quantized nor adapted."""
