@@ -510,7 +510,7 @@ def test_plain_transformers_reads_what_save_pretrained_writes(read_by_plain_tran
 
 def test_a_float_layer_whose_name_ends_anothers_stays_float(tmp_path):
     """transformers matches what it leaves in float by the ends of names, too."""
-    from qft.saving import _unquantized_linears
+    from qft.hf import _unquantized_linears
 
     model = plain()
     model.blocks[0].out = nn.Linear(64, 64)

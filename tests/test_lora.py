@@ -516,7 +516,7 @@ def test_models_that_qft_did_not_mark_get_pefts_own_layers():
 @pytest.mark.parametrize("flag", ["is_loaded_in_4bit", "is_loaded_in_8bit"])
 def test_bitsandbytes_models_that_qft_did_not_mark_get_pefts_own_layers(flag):
     model = llama_quantized("nf4" if flag.endswith("4bit") else "int8")
-    qft.saving.unmark(model)
+    qft.hf.unmark(model)
     setattr(model, flag, True)
     wrapped = get_peft_model(model, config())
     kinds = {type(m).__name__ for m in wrapped.modules() if isinstance(m, BaseTunerLayer)}
@@ -541,7 +541,7 @@ def test_native_is_plain_peft_over_the_vendors_layers(spec, variant, builder):
     """`forward="native"` over bitsandbytes computes what PEFT's own bitsandbytes layers compute."""
     base = qft.quantize(builder(), spec, progress=False)
     twin = copy.deepcopy(base)
-    qft.saving.unmark(twin)
+    qft.hf.unmark(twin)
     setattr(twin, "is_loaded_in_8bit" if spec == "int8" else "is_loaded_in_4bit", True)
     ours = qft.wrap(base, config(**VARIANTS[variant]), forward="native").eval()
     with stock_peft():

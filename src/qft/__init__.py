@@ -30,8 +30,10 @@ from qft.inits import AdapterInit
 from qft.inits.loftq import LoftQ
 from qft.merging import MergeReport, merge, merge_to_float, unmerge
 from qft.packed import PackedLinear, TensorQuantizer
-from qft.pipeline import prepare_model_for_kbit_training, quantize, quantize_and_wrap, wrap
+from qft.pipeline import quantize_and_wrap, wrap
+from qft.preparing import prepare_model_for_kbit_training
 from qft.quantizer import Capabilities, QuantizedWeight, Quantizer
+from qft.quantizing import quantize
 from qft.registry import (
     QuantizerInfo,
     available_quantizers,
@@ -39,7 +41,8 @@ from qft.registry import (
     get_quantizer,
     register_quantizer,
 )
-from qft.saving import load, save
+from qft.restoring import load
+from qft.saving import save
 
 if _typing.TYPE_CHECKING:
     from qft import testing

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qft import marks
+from qft import hf, marks
 from qft.errors import BadOption
 from qft.registry import quantizer_of
 
@@ -137,7 +137,7 @@ def audit(model: nn.Module, *, original: Any = None) -> Audit:
     """
     from qft.originals import Originals
 
-    record = marks.adopt(model)
+    record = hf.adopt(model)
     if record is None:
         raise BadOption("this model is not quantized: there is nothing to audit")
     originals = Originals.of(original, record) if original is not None else None

@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qft import marks
+from qft import hf, marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
 from qft.registry import quantizer_of
-from qft.selection import Selection, select
+from qft.selection import Selection, select, settle
 
 TRIM_EVERY = 4 * 2**20
 """Bytes of float weights between two calls of `_trim`."""
@@ -47,8 +47,6 @@ class Plan:
 
     def start(self, model: nn.Module) -> None:
         """Every check that needs no weights, on the empty model."""
-        from qft.pipeline import settle
-
         selection = select(model, self.quantizers, self.skip)
         self.selection = settle(selection, {name: model.get_submodule(name) for name in selection.targets})
         self.record.left, self.record.experts = self.selection.left, self.selection.experts
@@ -119,7 +117,7 @@ class Plan:
             model.get_submodule(name).requires_grad_(False)
         shapes = {n: tuple(_shape(model, n)) for n in self._samples}
         self.record.fingerprint = marks.fingerprint(shapes, self._samples)
-        marks.mark(model, self.record)
+        hf.mark(model, self.record)
         _trim()
 
 
@@ -155,15 +153,13 @@ def load_quantized(
     Raises:
         BadFolder: no such folder, or files that cannot be read.
     """
-    from qft.saving import QftConfig
-
     if device is not None:
         kwargs.setdefault("device_map", {"": device})
     kwargs.setdefault("dtype", "auto")
     if isinstance(kwargs["dtype"], str | torch.dtype) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = as_float_dtype(kwargs["dtype"])
     if plan is not None:
-        config = QftConfig()
+        config = hf.QftConfig()
         config.plan = plan
         kwargs["quantization_config"] = config
     cls = model_class(path, kwargs)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from qft.errors import BadOption, PartlyQuantized
 from qft.quantizer import Quantizer
-from qft.registry import quantizer_of
 
 SAMPLES = 64
 TOLERANCE = 1e-2
@@ -71,36 +70,6 @@ def record_of(model: nn.Module) -> Record | None:
             f"this model is partly quantized: {record.partly}; load the float model anew and quantize that"
         )
     return record
-
-
-def adopt(model: nn.Module) -> Record | None:
-    """The note on a model; where somebody else quantized it, written now. None for a float model."""
-    record = record_of(model)
-    if record is not None:
-        return record
-    base = base_model(model)
-    dtype = getattr(getattr(base, "config", None), "dtype", None)
-    found: dict[str, Quantizer] = {}
-    for name, module in base.named_modules():
-        quantizer = quantizer_of(module)
-        if quantizer is None:
-            continue
-        if isinstance(dtype, torch.dtype) and not hasattr(module, "qft_dtype"):
-            module.qft_dtype = dtype
-        found[name.removesuffix(".base_layer")] = quantizer
-    if not found:
-        return None
-    record = Record(quantizers=found)
-    mark(base, record)
-    return record
-
-
-def mark(model: nn.Module, record: Record) -> None:
-    """Write the note, and give the model transformers' own marks."""
-    from qft.saving import mark_for_transformers
-
-    model.__dict__["_qft"] = record
-    mark_for_transformers(model, record)
 
 
 @lru_cache

@@ -13,13 +13,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from qft import marks
+from qft import hf, marks
 from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
+from qft.hf import unmark
 from qft.lora.layer import QftLinear, WeightMerge, compare_merge
 from qft.lora.model import QftLoraModel, all_or_nothing
 from qft.quantizer import QuantizedWeight, Quantizer, as_float_dtype
 from qft.registry import quantizer_of
-from qft.saving import unmark
 
 
 @dataclass
@@ -140,7 +140,7 @@ def merge_to_float(model: nn.Module, *, dtype: str | torch.dtype | None = None) 
         NonFiniteWeights: an adapter with NaN or infinity.
     """
     record = marks.record_of(model)
-    if record is None and marks.adopt(model) is None and not hasattr(model, "peft_config"):
+    if record is None and hf.adopt(model) is None and not hasattr(model, "peft_config"):
         raise BadOption("this model is neither quantized nor wrapped: it is a float model already")
     if hasattr(model, "peft_config"):
         _require_adapters(model)

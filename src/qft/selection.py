@@ -210,3 +210,21 @@ def check_finite(layers: Mapping[str, nn.Module]) -> None:
                     f"{name}.weight holds NaN or infinity: quantizing it would spread them; repair the checkpoint, or "
                     "leave this weight in float with skip="
                 )
+
+
+def settle(selection: Selection, layers: Mapping[str, nn.Module], device: torch.device | None = None) -> Selection:
+    """Settle each quantizer's open options over its own targets, and check that it runs on their device."""
+    groups: dict[Quantizer, list[str]] = defaultdict(list)
+    for name, q in selection.targets.items():
+        groups[q].append(name)
+    for q, names in groups.items():
+        q.check_installed()
+        weights = [(n, layers[n]) for n in names]
+        settled = q.resolve([(n, tuple(float_weight(m).shape)) for n, m in weights])
+        devices = {torch.device(device)} if device is not None else {m.weight.device for _, m in weights}
+        for d in devices:
+            if d.type != "meta":
+                settled = settled.on_device(d)
+        for n in names:
+            selection.targets[n] = settled
+    return selection

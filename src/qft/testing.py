@@ -24,9 +24,12 @@ from qft.errors import QftError, UnsupportedOperation
 from qft.lora.autograd import Update, lora_linear
 from qft.merging import merge, merge_to_float, unmerge
 from qft.packed import dequantizer
-from qft.pipeline import prepare_model_for_kbit_training, quantize, wrap
+from qft.pipeline import wrap
+from qft.preparing import prepare_model_for_kbit_training
 from qft.quantizer import QuantizedWeight, Quantizer, float_weight
-from qft.saving import load, save
+from qft.quantizing import quantize
+from qft.restoring import load
+from qft.saving import save
 
 SHAPES = ((64, 128), (96, 64), (33, 256), (40, 96))
 """(out_features, in_features) of the layers that the checks go through; one number of rows is odd, and one width no

@@ -1,0 +1,321 @@
+"""transformers' view of a model that qft quantized: its marks, and how `from_pretrained` loads and quantizes for us."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qft import marks
+from qft.errors import (
+    BadFolder,
+    QftError,
+)
+from qft.packed import PackedLinear, TensorQuantizer
+from qft.quantizer import Quantizer, is_conv1d, replace_module
+from qft.registry import get_quantizer, quantizer_of
+
+METHOD = "qft"
+
+
+@register_quantization_config(METHOD)
+class QftConfig(QuantizationConfigMixin):
+    """What `config.json` says of a model saved with packed weights, and what `from_pretrained` is told to quantize.
+
+    Args:
+        quantizers: quantizer by layer name, as objects or as `Quantizer.to_dict()` makes them.
+        templates: shapes and dtypes of the packed tensors, by quantizer index and weight shape.
+        layers: layer name → [quantizer index, out_features, in_features, kind, dtype].
+    """
+
+    def __init__(self, quantizers: Any = (), templates: Any = None, layers: Any = None, **kwargs: Any):
+        self.quant_method = METHOD
+        self.quantizers = list(quantizers)
+        self.templates = templates or {}
+        self.layers = layers or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": METHOD,
+            "quantizers": [q.to_dict() if isinstance(q, Quantizer) else q for q in self.quantizers],
+            "templates": self.templates,
+            "layers": self.layers,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QftConfig:
+        # configs of submodules are copies of the model's: they must not keep a plan, and what it holds, alive
+        twin = copy.copy(self)
+        twin.__dict__.pop("plan", None)
+        return twin
+
+
+@register_quantizer(METHOD)
+class QftHfQuantizer(HfQuantizer):
+    """transformers' handle on our models: trainers accept them, and what cannot be saved raises instead of lying.
+
+    `plan`, an object of `qft.loading`, says how to quantize while `from_pretrained` streams the weights in; without
+    it the checkpoint holds packed weights already.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.plan = getattr(quantization_config, "plan", None)
+        if self.plan is not None:
+            self.pre_quantized = False
+
+    def is_serializable(self) -> bool:
+        return getattr(self.quantization_config, "qft_serializable", True)
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def get_state_dict_and_metadata(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        if getattr(model, "_hf_peft_config_loaded", False):  # adapters of transformers' add_adapter are what is saved
+            return None, {}
+        _keep_codes_apart(model)
+        return bare_state_dict(model), {}  # whatever state dict save_pretrained was given, it takes this one
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        return self.plan is not None and self.plan.wants(param_name)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeOnLoad(self.plan)
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        # transformers reserves this much on an accelerator before loading
+        return self.plan.element_size(param_name, param) if self.plan is not None else param.element_size()
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.plan is not None:
+            self.plan.start(model)
+        else:
+            _build_packed_layers(model, self.quantization_config)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.plan is None:
+            _dtype_floats(model, self.quantization_config)
+            quantizers: dict[str, Quantizer] = {
+                n: m.quantizer for n, m in model.named_modules() if isinstance(m, PackedLinear)
+            }
+            mark(model, marks.Record(quantizers=quantizers))
+        return model
+
+
+class _QuantizeOnLoad(ConversionOps):
+    """transformers gives each float weight as it arrives; it is quantized, put in its place, and dropped."""
+
+    def __init__(self, plan: Any):
+        self.plan = plan
+
+    def convert(self, input_dict, *, model=None, missing_keys=None, **kwargs):
+        others = {}
+        for name, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            if not self.plan.wants(name):  # stored as one tensor with one that is quantized
+                others[name] = value
+                continue
+            self.plan.arrive(model, name, value)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return others
+
+
+def _build_packed_layers(model: nn.Module, config: QftConfig) -> None:
+    try:
+        quantizers = [get_quantizer(q) for q in config.quantizers]
+        for name, (index, out_features, in_features, kind, dtype) in config.layers.items():
+            template = config.templates[f"{index}:{out_features}x{in_features}:{dtype}"]
+            packed = {
+                key: torch.empty(shape, dtype=getattr(torch, dt), device="meta")
+                for key, (shape, dt) in template.items()
+            }
+            old = model.get_submodule(name)
+            # constants keep the dtypes that they were saved in; the layer shows the dtype that is loaded now
+            layer = PackedLinear(
+                quantizers[index], packed, (out_features, in_features), old.weight.dtype, old.bias, kind
+            )
+            layer._is_hf_initialized = True
+            replace_module(model, name, layer)
+    except QftError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadFolder(f"this model's quantization_config does not fit it: {error!r}") from error
+
+
+def _dtype_floats(model: nn.Module, config: QftConfig) -> None:
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and module.bias is not None:
+            module.bias.requires_grad_(False)
+
+
+def describe_packed(model: nn.Module, record: marks.Record) -> QftConfig:
+    """The config of a model whose quantized layers are all `PackedLinear`."""
+    quantizers: list[Quantizer] = []
+    templates, layers = {}, {}
+    for name, module in bare_layers(model):
+        if not isinstance(module, PackedLinear):
+            continue
+        if module.quantizer not in quantizers:
+            quantizers.append(module.quantizer)
+        index = quantizers.index(module.quantizer)
+        dtype = str(module.dtype).removeprefix("torch.")
+        layers[name] = [index, module.out_features, module.in_features, module.kind, dtype]
+        templates[f"{index}:{module.out_features}x{module.in_features}:{dtype}"] = {
+            key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in module.packed.items()
+        }
+    return QftConfig(quantizers, templates, layers)
+
+
+def bare_state_dict(base: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by the names that they have without adapters."""
+    state = {}
+    for key, value in base.state_dict().items():
+        if ".lora_" in f".{key}" or ".modules_to_save." in key:
+            continue
+        state[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = value
+    return state
+
+
+def bare_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers by the names that they have, or had, without adapters."""
+    for name, module in model.named_modules():
+        yield name.replace(".base_layer", "").removeprefix("base_layer."), module
+
+
+def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
+    """Give an in-memory model the marks by which trainers and `save_pretrained` know a quantized model."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "save_pretrained"):
+        return
+    quantizers = list(dict.fromkeys(record.quantizers.values()))
+    if all(isinstance(q, TensorQuantizer) for q in quantizers):
+        described: Any = describe_packed(model, record)
+        described.qft_serializable = all(q.capabilities.serializable for q in quantizers)
+    else:
+        described = None
+        if len(quantizers) == 1:
+            described = quantizers[0].transformers_config(_unquantized_linears(model), getattr(model, "dtype", None))
+        if described is None:
+            described = QftConfig(quantizers)
+            described.qft_serializable = False
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # they make TRL cast adapters to bf16
+        model.__dict__.pop(flag, None)
+    model.hf_quantizer = QftHfQuantizer(described)
+    model.is_quantized = True
+    model.quantization_method = described.quant_method
+    config.quantization_config = described
+    if torch.cuda.device_count() > 1:  # Trainer would wrap in DataParallel, which copies packed weights wrongly
+        model.is_parallelizable = model.model_parallel = True
+
+
+def _keep_codes_apart(model: nn.Module) -> None:
+    """Have `save_pretrained` fuse no quantized layers into the tensors that the model's original files had.
+
+    transformers splits or fuses weights of some models while it loads them, and undoes that where it saves, with codes
+    and constants as with floats: what it writes cannot be read. Unfused, it can.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # what save_pretrained takes for a model that was built in memory
+        conversions = [
+            c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)
+        ]
+    weights = [f"{name}.weight" for name, module in bare_layers(model) if quantizer_of(module) is not None]
+
+    def touches(conversion: Any) -> bool:
+        if not isinstance(conversion, WeightConverter):
+            return False
+        try:
+            back = conversion.reverse_transform()
+        except Exception:
+            return True
+        return any(back.rename_source_key(w)[1] is not None for w in weights)
+
+    kept = [c for c in conversions if not touches(c)]
+    if len(kept) < len(conversions):
+        model.__dict__.setdefault("_qft_conversions", getattr(model, "_weight_conversions", None))
+        model._weight_conversions = kept
+
+
+def _unquantized_linears(model: nn.Module) -> list[str]:
+    """What transformers must be told to leave in float, as it matches names: from the start, or by their ends."""
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+    quantized = [n for n in linears if quantizer_of(model.get_submodule(n)) is not None]
+    left = sorted(set(linears) - set(quantized))
+    return [f"^{n}$" if any(q.endswith(n) for q in quantized) else n for n in left]
+
+
+def unmark(model: nn.Module) -> None:
+    """Remove every mark: the model is a plain float model again."""
+    model.__dict__.pop("_qft", None)
+    if "_qft_conversions" in model.__dict__:
+        model._weight_conversions = model.__dict__.pop("_qft_conversions")
+    for name in (
+        "hf_quantizer",
+        "is_quantized",
+        "is_loaded_in_4bit",
+        "is_loaded_in_8bit",
+        "quantization_method",
+        "hqq_quantized",
+        "is_parallelizable",
+        "model_parallel",
+    ):
+        model.__dict__.pop(name, None)
+    # submodules may hold configs of their own, copies made while the model was built
+    configs = {id(c): c for m in model.modules() for c in (getattr(m, "config", None),) if c is not None}
+    for config in list(configs.values()):
+        for part in [config, *_sub_configs(config)]:
+            for name in ("quantization_config", "_is_quantized"):
+                if name in getattr(part, "__dict__", {}):
+                    delattr(part, name)
+
+
+def _sub_configs(config: Any) -> list[Any]:
+    return [getattr(config, name) for name in getattr(config, "sub_configs", {}) if hasattr(config, name)]
+
+
+def adopt(model: nn.Module) -> marks.Record | None:
+    """The note on a model; where somebody else quantized it, written now. None for a float model."""
+    record = marks.record_of(model)
+    if record is not None:
+        return record
+    base = marks.base_model(model)
+    dtype = getattr(getattr(base, "config", None), "dtype", None)
+    found: dict[str, Quantizer] = {}
+    for name, module in base.named_modules():
+        quantizer = quantizer_of(module)
+        if quantizer is None:
+            continue
+        if isinstance(dtype, torch.dtype) and not hasattr(module, "qft_dtype"):
+            module.qft_dtype = dtype
+        found[name.removesuffix(".base_layer")] = quantizer
+    if not found:
+        return None
+    record = marks.Record(quantizers=found)
+    mark(base, record)
+    return record
+
+
+def mark(model: nn.Module, record: marks.Record) -> None:
+    """Write the note, and give the model transformers' own marks."""
+    model.__dict__["_qft"] = record
+    mark_for_transformers(model, record)

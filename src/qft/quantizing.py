@@ -1,0 +1,306 @@
+"""Quantize a model in memory, in place, or a folder while it is loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qft import hf, marks
+from qft.audit import audit
+from qft.errors import (
+    AlreadyQuantized,
+    BadFolder,
+    BadOption,
+    NeedsCalibration,
+    NeedsOriginal,
+    QftWarning,
+    UnsupportedDevice,
+)
+from qft.loading import Plan, load_quantized, stored_quantization
+from qft.quantizer import OnWeight, Quantizer, code_options, float_weight
+from qft.registry import Spec, parse_spec, quantizer_of
+from qft.selection import check_finite, select, settle
+
+Prepare = Callable[[nn.Module, Iterable[str]], None]
+
+
+def quantize(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    quantizer: Any = "nf4",
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    skip: str | Iterable[str] | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    **load_options: Any,
+) -> nn.Module:
+    """Quantize the linear layers of a model, in place, or of a folder or hub id while it is loaded.
+
+    Args:
+        model_or_path: a model in memory, or where to load one from. From a folder the shards are streamed: the float
+            model is never whole in memory.
+        quantizer: a name ("nf4"), an option string ("reference:format=int,bits=3"), a quantizer object, transformers'
+            own config, or a mapping of module patterns to these, the first match winning and None leaving a match as
+            it is: `{"*.mlp.*": "reference:format=int,bits=3", "*": "nf4"}`.
+        calibration: data for quantizers that need it.
+        tokenizer: for calibration texts.
+        skip: further modules to leave, as a regular expression for the whole name or a list of names. Output heads,
+            tied weights, routers and what the model keeps in float32 are always left.
+        device: None leaves a model where it is, and puts a path on the accelerator where there is one.
+        progress: show a progress bar and a summary on stderr.
+        **load_options: for a path, passed to `from_pretrained` (`dtype`, `revision`, `trust_remote_code`, ...).
+
+    Returns:
+        The same object, or the loaded model. The same spec over a model that is quantized already changes nothing.
+
+    Raises:
+        UnknownQuantizer, BadOption, MissingDependency: the quantizer.
+        NoTargets, BadShape, NonFiniteWeights: the weights. The model is as it was.
+        AlreadyQuantized: it is quantized in another way.
+        UnsupportedDevice: no such device, no kernels for it, or weights on "meta".
+        BadFolder: the path.
+        PartlyQuantized: an earlier run over this model was interrupted.
+    """
+    return quantize_as(
+        model_or_path,
+        parse_spec(quantizer),
+        calibration=calibration,
+        skip=skip,
+        device=device,
+        progress=progress,
+        load_options=load_options,
+    )
+
+
+def quantize_as(
+    model_or_path: Any,
+    spec: Spec,
+    *,
+    calibration: Any = None,
+    skip: Any = None,
+    device: Any = None,
+    progress: bool = True,
+    on_weight: OnWeight | None = None,
+    prepare: Prepare | None = None,
+    load_options: dict[str, Any] | None = None,
+) -> nn.Module:
+    if spec.skip:
+        skip = _joined(skip, spec.skip)
+    for q in spec.quantizers.values():
+        if q is not None and q.capabilities.needs_calibration and calibration is None:
+            raise NeedsCalibration(f"{q!r} needs calibration data: pass calibration=")
+    target = check_device(device)
+    if isinstance(model_or_path, nn.Module):
+        if load_options:
+            raise BadOption(f"{', '.join(load_options)}: these are for loading from a path, and a model was given")
+        model = _quantize_in_memory(model_or_path, spec, skip, target, progress, on_weight, prepare, calibration)
+    elif isinstance(model_or_path, str | os.PathLike):
+        target = target or default_device()
+        model = _quantize_path(
+            os.fspath(model_or_path), spec, skip, target, progress, on_weight, prepare, load_options or {}
+        )
+    else:
+        raise BadOption(f"give a torch module, a folder or a hub id, not a {type(model_or_path).__name__}")
+    if progress:
+        print(audit(model).summary(), file=sys.stderr)
+    return model
+
+
+def _joined(skip: Any, more: Sequence[str]) -> Any:
+    if isinstance(skip, str):
+        return "|".join([f"(?:{skip})", *(rf"(?:.*\.)?{m}(?:\..*)?" for m in more)])
+    return [*(skip or ()), *more]
+
+
+def _quantize_in_memory(
+    model: nn.Module,
+    spec: Spec,
+    skip: Any,
+    device: torch.device | None,
+    progress: bool,
+    on_weight: OnWeight | None,
+    prepare: Prepare | None,
+    calibration: Any,
+) -> nn.Module:
+    record = hf.adopt(model)
+    if record is not None:
+        return _already(model, record, spec)
+    if hasattr(model, "peft_config"):
+        raise BadOption("this model has adapters: quantize first, then wrap")
+    selection = select(model, spec.quantizers, skip)
+    layers = {name: model.get_submodule(name) for name in selection.targets}
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise UnsupportedDevice(
+                f"{name}.weight is on the meta device and has no values: load the model, or give qft.quantize its folder"
+            )
+    check_finite(layers)
+    selection = settle(selection, layers, device)
+    if prepare is not None:
+        prepare(model, selection.targets)
+
+    record = marks.Record(left=selection.left, experts=selection.experts)
+    shapes: dict[str, tuple[int, ...]] = {}
+    samples: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        weight = float_weight(layer)
+        shapes[name], samples[name] = tuple(weight.shape), marks.sample(weight)
+        record.float_bytes += weight.numel() * weight.element_size()
+    del layers, layer, weight  # from here on, each float weight goes when its quantized one has come
+    order: dict[Quantizer, list[str]] = defaultdict(list)
+    for name, q in selection.targets.items():
+        order[q].append(name)
+    one_by_one = device is None and all(type(q).quantize is Quantizer.quantize for q in order)
+    with _all_or_marked(model, record, f"{len(selection.targets)} layers were to be quantized", one_by_one):
+        for q, names in order.items():
+            bar = _bar(progress, f"quantizing to {q.name}")
+            q.quantize(
+                model,
+                names,
+                calibration=calibration,
+                on_weight=on_weight,
+                progress=_moving(model, device, bar),
+            )
+            for name in names:
+                module = model.get_submodule(name)
+                module._qft_quantizer = q
+                for parameter in module.parameters():
+                    parameter.requires_grad_(False)
+                record.quantizers[name] = q
+        if device is not None:
+            model.to(device)
+    record.fingerprint = marks.fingerprint(shapes, samples)
+    hf.mark(model, record)
+    return model
+
+
+def _quantize_path(
+    path: str,
+    spec: Spec,
+    skip: Any,
+    device: torch.device,
+    progress: bool,
+    on_weight: OnWeight | None,
+    prepare: Prepare | None,
+    options: dict[str, Any],
+) -> nn.Module:
+    stored = stored_quantization(path, options)
+    if stored and on_weight is not None:
+        raise NeedsOriginal(f"{path} is quantized already ({stored}), and the init needs the float weights: load those")
+    plan = None if stored else Plan(spec.quantizers, skip, on_weight, prepare)
+    if plan is not None:
+        for q in {q for q in spec.quantizers.values() if q is not None}:
+            q.on_device(device)
+    model = load_quantized(path, plan, device, progress, **options)
+    if plan is None:
+        record = hf.adopt(model)
+        if record is None:
+            raise BadFolder(f"{path} says that it is quantized ({stored}), and no quantized layer was found in it")
+        return _already(model, record, spec)
+    return model
+
+
+def _already(model: nn.Module, record: marks.Record, spec: Spec) -> nn.Module:
+    from fnmatch import fnmatchcase
+
+    asked = {n: next((q for p, q in spec.quantizers.items() if fnmatchcase(n, p)), None) for n in record.quantizers}
+    other = next((n for n, q in record.quantizers.items() if not _same(q, asked[n])), None)
+    if other is not None:
+        raise AlreadyQuantized(
+            f"{other} is quantized already, with {record.quantizers[other]!r}, and {asked[other]!r} was asked for: "
+            "load the float model, or give the same quantizer"
+        )
+    warnings.warn("this model is quantized in that way already: nothing to do", QftWarning, stacklevel=5)
+    return model
+
+
+def _same(found: Quantizer, asked: Quantizer | None) -> bool:
+    """Equal in what decides the codes; an option that was left open matches any."""
+    if asked is None or type(found) is not type(asked):
+        return False
+    a, b = code_options(found.to_dict()), code_options(asked.to_dict())
+    return all(a[k] == b[k] or b[k] is None for k in a)
+
+
+def check_device(device: Any) -> torch.device | None:
+    """A `torch.device` that exists here, or None.
+
+    Raises:
+        UnsupportedDevice: it does not.
+    """
+    if device is None:
+        return None
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedDevice(f"{device!r} is no device: {error}".splitlines()[0]) from error
+    if device.type == "meta":
+        raise UnsupportedDevice("the meta device holds no values: nothing can be quantized there")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (count == 0 or (device.index or 0) >= count):
+        raise UnsupportedDevice(f"{device} was asked for, and this machine has {count} CUDA devices; try device='cpu'")
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:
+            raise UnsupportedDevice(f"{device} was asked for, and this machine has none; try device='cpu'") from error
+    return device
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+@contextmanager
+def _all_or_marked(model: nn.Module, record: marks.Record, what: str, one_by_one: bool) -> Iterator[None]:
+    """Run a block that changes weights; if it ends early, the model says so to every later verb.
+
+    Where layers are replaced one by one and none was yet, nothing has changed, and nothing is marked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        done = _count(model)
+        if done or not one_by_one:
+            record.partly = f"{what}, and {type(error).__name__} stopped it after {done}"
+            model.__dict__["_qft"] = record
+        raise
+
+
+def _count(model: nn.Module) -> int:
+    return sum(quantizer_of(m) is not None for m in model.modules())
+
+
+def _bar(progress: bool, text: str) -> Any:
+    if not progress:
+        return None
+    from tqdm.auto import tqdm
+
+    return lambda names: tqdm(names, desc=text, unit="layer", leave=False)
+
+
+def _moving(model: nn.Module, device: torch.device | None, bar: Any) -> Any:
+    """Give the names one by one, each layer moved to the device as its turn comes."""
+    if device is None:
+        return bar
+
+    def names(targets: Sequence[str]) -> Iterator[str]:
+        for name in bar(targets) if bar else targets:
+            model.get_submodule(name).to(device)
+            yield name
+
+    return names

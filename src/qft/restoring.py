@@ -1,0 +1,313 @@
+"""Load what `save`, or plain PEFT, wrote: an adapter's folder over its base."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from torch import nn
+
+from qft import hf, marks
+from qft.backends.unquantized import is_float_linear
+from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
+from qft.guard import as_it_was, brief, rehearse_load
+from qft.hf import bare_layers
+from qft.loading import load_quantized
+from qft.lora.model import KEPT_INITS
+from qft.pipeline import check_kind, is_lora, peft_flags
+from qft.quantizer import Quantizer, code_options, float_weight
+from qft.quantizing import check_device, default_device, quantize_as
+from qft.registry import Spec, get_quantizer, quantizer_of
+from qft.saving import as_path, read_note
+
+
+def load(folder: str | os.PathLike[str], base: Any = None, *, is_trainable: bool = False, **kwargs: Any) -> nn.Module:
+    """Load what `save`, or plain PEFT, wrote.
+
+    Args:
+        folder: of an adapter.
+        base: a model, quantized or float, or a folder or hub id of one. None takes the base stored in the folder, or
+            the one that the adapter's config names. A float base is quantized as the saved one was.
+        is_trainable: go on training; else the adapter is frozen and the model in eval mode.
+        **kwargs: passed to `from_pretrained` where a base is loaded.
+
+    Returns:
+        A `peft.PeftModel`.
+
+    Raises:
+        BadFolder: missing, corrupt or foreign files.
+        AdapterMismatch: the adapter was trained over other original weights.
+        UnknownQuantizer: the base's quantizer is not registered here.
+    """
+    folder = as_path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        what = "has no adapter_config.json" if folder.is_dir() else "does not exist"
+        raise BadFolder(f"{folder} {what}: give the folder of an adapter, as qft.save or PEFT writes it")
+    check_adapter_files(folder)
+    return load_adapter(folder, base, read_note(folder), is_trainable=is_trainable, **kwargs)
+
+
+def load_adapter(
+    folder: Path, base: Any, note: dict[str, Any] | None, *, is_trainable: bool, **kwargs: Any
+) -> PeftModel:
+    """The rest of `qft.load`, once its files are known to be sound."""
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise BadFolder(f"{folder / 'adapter_config.json'} is no adapter config that PEFT reads: {error}") from error
+    if hasattr(base, "peft_config"):
+        raise BadOption("the base has adapters already: model.load_adapter(folder, name) adds another")
+    if is_lora(config):
+        if config.init_lora_weights not in KEPT_INITS:
+            raise UnsupportedOperation(
+                f"this adapter was started with init_lora_weights={config.init_lora_weights!r}, which rewrote its base: "
+                "over any other base it is wrong; save it as a plain LoRA adapter with PEFT's "
+                "path_initial_model_for_weight_conversion, and load that"
+            )
+        config.init_lora_weights = True
+    if isinstance(base, nn.Module) and hf.adopt(base) is None:
+        if note is None:
+            raise BadOption(
+                "the base is a float model and the folder does not say how to quantize it: quantize it first"
+            )
+        _check_float_base(folder, base, config, note)
+    model = _base_for(folder, base, config, note, kwargs)
+    record = hf.adopt(model)
+    if record is None:
+        raise BadOption("the base is a float model and the folder does not say how to quantize it: quantize it first")
+    if note is not None:
+        check_origin(note, record)
+    if not is_lora(config):
+        check_kind(config, record.quantizers.values())
+    before, record.forward = record.forward, (note or {}).get("forward", record.forward)
+    try:
+        with as_it_was(model), _strict_load(), peft_flags(model, None if is_lora(config) else record):
+            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
+            if note is not None and note["base_changed"] and not record.base_changed:
+                restore_base(model, folder / "base", record)
+    except BaseException:
+        record.forward = before
+        raise
+    if note is not None:
+        record.init = note.get("init")
+    return peft_model
+
+
+def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: dict[str, Any]) -> None:
+    """Everything that can be wrong, before a float base is quantized as the saved one was."""
+    quantizers = {n: q for n, q in _spec_of(note).quantizers.items() if q is not None}
+    if not is_lora(config):
+        check_kind(config, quantizers.values())
+    check_float_origin(note, base)
+    rehearse_load(base, config, adapter_shapes(folder))
+    if note["base_changed"]:
+        check_stored_base(folder / "base", base, quantizers)
+
+
+@contextmanager
+def _strict_load():
+    """PEFT warns of missing adapter weights, and loads a mixture: refuse that."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except (QftError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise BadFolder(f"this adapter does not fit this base: {brief(error)}") from error
+        for warning in caught:
+            if "missing adapter keys" in str(warning.message):
+                raise BadFolder(f"this adapter does not fit this base: {brief(warning.message)}")
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _base_for(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any] | None, kwargs: Any) -> nn.Module:
+    stored = folder / "base"
+    if base is None and note is not None and note["base_stored"]:
+        if not (stored / "config.json").is_file():
+            raise BadFolder(f"{stored} is no transformers checkpoint: pass base=, a module such as it was made from")
+        device = check_device(kwargs.pop("device", None)) or default_device()
+        model = load_quantized(str(stored), None, device, False, **kwargs)
+        record = hf.adopt(model)
+        record.fingerprint = note["fingerprint"]  # stored together: the same by construction
+        record.base_changed = note["base_changed"]
+        return model
+    return _given_base(folder, base, config, note, kwargs)
+
+
+def _given_base(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any] | None, kwargs: Any) -> nn.Module:
+    if base is None:
+        base = config.base_model_name_or_path
+        if not base:
+            raise BadFolder(f"{folder} does not name its base model: pass base=")
+    if isinstance(base, nn.Module):
+        if hf.adopt(base) is None and note is not None:
+            quantize_as(base, _spec_of(note), progress=False)
+        return base
+    spec = _spec_of(note) if note is not None else None
+    if spec is None:
+        return load_quantized(os.fspath(base), None, default_device(), False, **kwargs)
+    return quantize_as(os.fspath(base), spec, progress=False, device=kwargs.pop("device", None), load_options=kwargs)
+
+
+def _spec_of(note: dict[str, Any]) -> Spec:
+    """The saved quantizers as patterns: each layer by its own name, everything else left."""
+    quantizers = [get_quantizer(q) for q in note["quantizers"]]
+    return Spec({**{n: quantizers[i] for n, i in note["layers"].items()}, "*": None})
+
+
+def check_adapter_files(folder: Path) -> None:
+    """Raise `BadFolder` where the adapter's files cannot be read, before any base is touched."""
+    try:
+        json.loads((folder / "adapter_config.json").read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BadFolder(f"{folder / 'adapter_config.json'} is damaged: {error}") from error
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise BadFolder(f"{folder} has no adapter_model.safetensors; qft reads no pickle files (adapter_model.bin)")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            for key in file.keys():
+                file.get_slice(key)
+    except Exception as error:
+        raise BadFolder(f"{weights} is damaged: {error}") from error
+
+
+def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in an adapter's file, by their names in it."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+
+
+def restore_base(model: nn.Module, folder: Path, record: marks.Record) -> None:
+    """Put the stored codes and constants of a base that is not q(W) over those of a freshly quantized one.
+
+    Raises:
+        BadFolder: files that are missing, damaged, or of another model.
+    """
+    tensors = _read_base(folder, record.quantizers, lambda file, key: file.get_tensor(key))
+    layers = {n: m for n, m in bare_layers(marks.base_model(model)) if quantizer_of(m) is not None and n in tensors}
+    for name, state in tensors.items():  # all of it before the first layer changes
+        _check_state(folder, name, state, layers[name].state_dict())
+    for name, state in tensors.items():
+        quantizer = record.quantizers[name]
+        quantizer.load_state(quantizer.weights(layers[name])[0], state)
+    record.base_changed = True
+
+
+def check_stored_base(folder: Path, base: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
+    """Check a stored base, without reading it, against a float model that is yet to be quantized.
+
+    Raises:
+        BadFolder: as `restore_base`.
+    """
+    from qft.loading import with_weight
+
+    stored = _read_base(folder, quantizers, _header)
+    expected: dict[Any, dict[str, torch.Tensor]] = {}
+    for name, quantizer in quantizers.items():
+        old = base.get_submodule(name)
+        kind = (quantizer, type(old), old.weight.shape, old.weight.dtype, old.weight.device)
+        if kind not in expected:
+            twin = with_weight(old, torch.zeros_like(old.weight))
+            expected[kind] = quantizer.on_device(old.weight.device).quantize_layer(twin).state_dict()
+        _check_state(folder, name, stored[name], expected[kind])
+
+
+def _read_base(folder: Path, names: Iterable[str], read: Callable[[Any, str], torch.Tensor]) -> dict[str, dict]:
+    tensors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
+    longest_first = sorted(tensors, key=len, reverse=True)
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    owner = next((n for n in longest_first if key.startswith(n + ".")), None)
+                    if owner is not None:
+                        tensors[owner][key.removeprefix(owner + ".")] = read(file, key)
+    except Exception as error:
+        raise BadFolder(f"cannot read the base in {folder}: {error}") from error
+    return tensors
+
+
+def _header(file: Any, key: str) -> torch.Tensor:
+    """A tensor's shape and dtype, as a tensor without values."""
+    view = file.get_slice(key)
+    shape = view.get_shape()
+    return torch.empty(shape, dtype=(view[:0] if shape else file.get_tensor(key)).dtype, device="meta")
+
+
+def _check_state(folder: Path, name: str, stored: Mapping[str, Any], here: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in here.items():
+        if key == "bias":
+            continue
+        found = stored.get(key)
+        # bitsandbytes keeps its options as JSON in a tensor of bytes, whose length may differ
+        same = "quant_state." in key or (
+            found is not None and (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
+        )
+        if found is None or not same:
+            raise BadFolder(f"{folder} holds no fitting {name}.{key}: it is the base of another model, or incomplete")
+
+
+def check_float_origin(note: dict[str, Any], base: nn.Module) -> None:
+    """Compare an adapter's note with a float base, before that is quantized.
+
+    Raises:
+        AdapterMismatch: other original weights.
+    """
+    modules = dict(base.named_modules())
+    absent = [n for n in note["layers"] if n not in modules or not is_float_linear(modules[n])]
+    if absent:
+        raise AdapterMismatch(
+            f"this adapter was trained over another kind of model: {len(absent)} of its {len(note['layers'])} quantized "
+            f"layers are no linear layers of this {type(base).__name__}, {absent[0]} first"
+        )
+    _check_fingerprints(
+        note, {n: marks.of_weight(float_weight(modules[n])) for n in note["fingerprint"] if n in modules}
+    )
+
+
+def _check_fingerprints(note: dict[str, Any], here: dict[str, Any]) -> None:
+    differ = marks.same_origin(note["fingerprint"], here)
+    if differ:
+        raise AdapterMismatch(
+            f"this adapter was trained over other original weights: {len(differ)} of {len({**note['fingerprint'], **here})} "
+            f"layers differ, {differ[0]} first; load the base that it was trained over"
+        )
+
+
+def check_origin(note: dict[str, Any], record: marks.Record) -> None:
+    """Compare an adapter's note with the base it is loaded over.
+
+    Raises:
+        AdapterMismatch: other original weights.
+    """
+    if note["fingerprint"] and record.fingerprint:
+        _check_fingerprints(note, record.fingerprint)
+    else:
+        warnings.warn(
+            "whether this adapter belongs to this base cannot be checked: one of them has no fingerprint of the "
+            "original weights",
+            QftWarning,
+            stacklevel=4,
+        )
+    saved = {n: code_options(note["quantizers"][i]) for n, i in note["layers"].items()}
+    here = {n: code_options(q.to_dict()) for n, q in record.quantizers.items()}
+    differ = [n for n in {**saved, **here} if saved.get(n) != here.get(n)]
+    if differ:
+        was, now = saved.get(differ[0], "not quantized"), here.get(differ[0], "not quantized")
+        warnings.warn(
+            f"this adapter was trained over another quantization of these weights: {len(differ)} layers differ, "
+            f"{differ[0]} first (it was {was}, and is {now}); outputs will differ a little",
+            QftWarning,
+            stacklevel=4,
+        )
