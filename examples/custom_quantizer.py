@@ -1,6 +1,6 @@
 """A quantizer of your own: two functions on tensors, and every verb of qft works over it.
 
-    python examples/custom_quantizer.py
+python examples/custom_quantizer.py
 """
 
 import tempfile

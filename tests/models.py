@@ -149,7 +149,9 @@ def train_a_little(model, steps=3, lr=1e-2):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for step in range(steps):
         out = logits(model, batch(seed=10 + step))
-        loss = torch.nn.functional.cross_entropy(out.flatten(0, 1).float(), batch(seed=20 + step).to(out.device).flatten())
+        loss = torch.nn.functional.cross_entropy(
+            out.flatten(0, 1).float(), batch(seed=20 + step).to(out.device).flatten()
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

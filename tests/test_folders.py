@@ -157,7 +157,9 @@ def test_skip_and_patterns(folders):
     model = qft.quantize(folders / "llama", spec, progress=False)
     assert same_tensors(model, qft.quantize(llama(), spec, progress=False))
     kinds = {n.rpartition(".")[2]: type(quantizer_of(m)).__name__ for n, m in model.named_modules() if ".1." in n}
-    assert kinds["down_proj"] == "NoneType" and kinds["up_proj"] == "Reference" and kinds["q_proj"] == "BitsAndBytes4bit"
+    assert (
+        kinds["down_proj"] == "NoneType" and kinds["up_proj"] == "Reference" and kinds["q_proj"] == "BitsAndBytes4bit"
+    )
 
 
 @pytest.mark.parametrize("init", ["loftq", qft.LoftQ(steps=3)])
@@ -234,6 +236,22 @@ def test_weights_that_are_fused_on_disk(fused_on_disk, tmp_path, spec, skip):
         assert torch.equal(logits(again), logits(model))
     qft.merge_to_float(model).save_pretrained(tmp_path / "merged")
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == stored.keys()
+
+
+@pytest.mark.parametrize("spec", ["nf4", "int8", "reference"])
+def test_biases_that_come_after_their_weights(tmp_path, spec):
+    """Under other names in the file, which `from_pretrained` is told to rename."""
+    qwen2().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {k.replace(".bias", ".z_bias"): v for k, v in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    expected = qft.quantize(qwen2(), spec, progress=False)
+    model = qft.quantize(tmp_path, spec, key_mapping={r"\.z_bias$": ".bias"}, progress=False)
+    assert same_tensors(model, expected) and no_meta(model)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, p in expected.named_parameters() if not p.requires_grad}
+    with pytest.raises(BadFolder, match=r"lacks 6 .*bias"):
+        qft.quantize(tmp_path, spec, progress=False)
 
 
 # ---- bad folders -----------------------------------------------------------------------------------------
@@ -381,7 +399,9 @@ def test_options_that_nothing_takes(llama_folder):
     with pytest.raises(BadOption, match="no_such_layer"):
         qft.quantize(llama_folder, "nf4", skip=["no_such_layer"], progress=False)
     with pytest.raises(QftError, match="rank 65"):
-        qft.quantize_and_wrap(llama_folder, "nf4", adapter=LoraConfig(r=65, target_modules="all-linear"), progress=False)
+        qft.quantize_and_wrap(
+            llama_folder, "nf4", adapter=LoraConfig(r=65, target_modules="all-linear"), progress=False
+        )
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
@@ -612,7 +632,8 @@ def test_saving_a_wrapped_model_saves_adapters(folders, tmp_path):
     unloaded = model.unload()
     unloaded.save_pretrained(tmp_path / "base")
     assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")), logits(qft.quantize(llama(), "nf4", progress=False))
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")),
+        logits(qft.quantize(llama(), "nf4", progress=False)),
     )
 
 

@@ -78,7 +78,11 @@ SCALINGS = {
         "rank_pattern": {"q_proj": 2, "c_attn": 9, r"blocks\.0\.0": 7, "wi_0": 3},
         "alpha_pattern": {"q_proj": 5, "c_fc": 3, "down_proj": -2},
     },
-    "patterns, rslora": {"rank_pattern": {"v_proj": 1, "c_proj": 6}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True},
+    "patterns, rslora": {
+        "rank_pattern": {"v_proj": 1, "c_proj": 6},
+        "alpha_pattern": {"v_proj": 3},
+        "use_rslora": True,
+    },
 }
 
 
@@ -132,6 +136,30 @@ def test_more_steps_are_never_worse(spec, scaling):
     assert sum(five[n] < 0.995 * one[n] for n in one) > (len(one) // 2 if spec != "int8" else 0)
 
 
+@pytest.mark.parametrize("best_step", [1, 2, 4])
+def test_the_best_step_is_kept(best_step):
+    """Not the last one: with rounding that is good in one step alone, A, B and the base are that step's."""
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
+    asked = []
+
+    def roundtrip(value):
+        asked.append(value.clone())
+        return value + noise * (0.01 if len(asked) + 1 == best_step else 1.0)
+
+    first = weight + noise * (0.01 if best_step == 1 else 1.0)
+    a, b, base = qft.LoftQ(steps=4)(weight, first, 3, 0.5, roundtrip=roundtrip)
+    assert len(asked) == 3
+    if best_step == 1:
+        assert base is None
+        stored = first
+    else:
+        assert torch.equal(base, asked[best_step - 2])
+        stored = base + 0.01 * noise
+    expected_a, expected_b = fit(weight - stored, 3, 0.5)
+    torch.testing.assert_close(b @ a, expected_b @ expected_a, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_iterated_start_is_loftqs_algorithm(spec):
     """Ŵ = dq(q(W − L)), L = SVD_r(W − Ŵ), the iterate of the smallest error; followed by hand."""
@@ -149,7 +177,9 @@ def test_the_iterated_start_is_loftqs_algorithm(spec):
             error = float((w - w_hat - low).norm())
             best = error if best is None else min(best, error)
         mine = float((w.double() - base_weight(layer) - start(layer)).norm())
-        assert mine == pytest.approx(best, rel=1e-3)  # a code on an edge may fall to either side and change what follows
+        assert mine == pytest.approx(
+            best, rel=1e-3
+        )  # a code on an edge may fall to either side and change what follows
 
 
 @pytest.mark.parametrize(("spec", "steps"), [*((s, 1) for s in SPECS), ("nf4", 5), (SPECS[-1], 5)])
@@ -207,7 +237,9 @@ def test_dora_starts_from_the_same_weight(spec, steps, builder):
     dora, lora = started(builder, spec, use_dora=True, **options), started(builder, spec, **options)
     for name, layer in layers(dora).items():
         expected = (base_weight(layer) + start(layer)).norm(dim=1)
-        torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight.detach().double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            layer.lora_magnitude_vector["default"].weight.detach().double(), expected, rtol=1e-6, atol=0
+        )
         assert torch.equal(start(layer), start(layers(lora)[name]))
     assert relative(run(dora), run(lora)) < 1e-6
 
@@ -266,7 +298,9 @@ def test_a_saved_start_loads_to_equal_outputs(spec, dtype, builder, steps, tmp_p
     assert not saved["loftq_config"]
     if steps > 1:  # over q(W) the adapter would be wrong: that is why the base is stored
         with stock_peft():
-            alone = PeftModel.from_pretrained(qft.merge_to_float(qft.quantize(float_model(), spec, progress=False)), tmp_path / "a")
+            alone = PeftModel.from_pretrained(
+                qft.merge_to_float(qft.quantize(float_model(), spec, progress=False)), tmp_path / "a"
+            )
         assert relative(run(alone.eval()), y) > 1e-4
 
 
@@ -304,7 +338,9 @@ def test_an_iterated_start_goes_on_training_after_loading(spec, tmp_path):
 def test_the_start_in_plain_peft_over_bitsandbytes(steps, tmp_path):
     """PEFT never initialises again: over the same base, ours or the stored one, the logits are the same."""
     llama().save_pretrained(tmp_path / "float")
-    model = started(lambda _: AutoModelForCausalLM.from_pretrained(tmp_path / "float"), "nf4", init=qft.LoftQ(steps=steps))
+    model = started(
+        lambda _: AutoModelForCausalLM.from_pretrained(tmp_path / "float"), "nf4", init=qft.LoftQ(steps=steps)
+    )
     qft.save(model, tmp_path / "a", base=True)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "base")
     for module in base.modules():

@@ -73,9 +73,7 @@ def test_a_model_that_was_repacked_before_qft_saw_it(tmp_path, double_quant):
     """Loaded by transformers, one forward in eval mode, then qft: weights, gradients and merges are right."""
     float_model = llama(torch.bfloat16)
     float_model.save_pretrained(tmp_path)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant
-    )
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     expected = qft.merge_to_float(fresh, dtype=torch.float32).state_dict()
     used = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config).eval()

@@ -51,9 +51,7 @@ def config(**options):
 
 def adapted(model):
     """Names of the adapted layers, without wrappers' prefixes."""
-    return {
-        n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)
-    }
+    return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
 # ---- against plain PEFT -----------------------------------------------------------------------------------
@@ -260,7 +258,7 @@ def test_two_active_adapters_of_different_kinds(spec, second):
 
 
 def test_a_second_adapter_may_target_all_linear():
-    """"all-linear" means the same layers once some of them are adapted: no adapter on an adapter."""
+    """ "all-linear" means the same layers once some of them are adapted: no adapter on an adapter."""
     ours, theirs = two_adapters("nf4", first=LoraConfig(r=4, target_modules=["q_proj"]), second=config(r=2))
     linears = {n for n, *_ in quantized(llama_quantized("nf4"))}
     assert adapted(ours) == linears
@@ -777,7 +775,9 @@ def test_the_backward_keeps_no_float_weight(spec):
 
 def test_adapters_that_are_kept_in_sixteen_bit():
     """PEFT's `autocast_adapter_dtype=False` is honoured: adapters in the base's dtype train, too."""
-    model = get_peft_model(qft.quantize(llama(torch.bfloat16), "nf4", progress=False), config(), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        qft.quantize(llama(torch.bfloat16), "nf4", progress=False), config(), autocast_adapter_dtype=False
+    )
     fill(model)
     _, gradients = loss_and_gradients(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
@@ -790,4 +790,10 @@ def test_the_layer_says_what_it_is():
     text = repr(model.base_model.model.model.layers[0].self_attn.q_proj)
     assert text.startswith("qft.lora.QftLinear(")
     assert "Linear4bit" in text
-    assert relative(model.base_model.model.model.layers[0].self_attn.q_proj.weight, llama().model.layers[0].self_attn.q_proj.weight) < 0.12
+    assert (
+        relative(
+            model.base_model.model.model.layers[0].self_attn.q_proj.weight,
+            llama().model.layers[0].self_attn.q_proj.weight,
+        )
+        < 0.12
+    )

@@ -74,9 +74,7 @@ def changed(before, after):
 
 
 def layers(model):
-    return {
-        n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, QftLinear)
-    }
+    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, QftLinear)}
 
 
 @torch.no_grad()
@@ -218,7 +216,12 @@ def test_how_much_of_a_small_update_survives_nf4(spec):
 def test_finer_formats_keep_more():
     """Of an update of 3 %: LLM.int8() keeps all, 4 bits a few percent."""
     shares = {}
-    for spec in ("int8", "reference:format=int,bits=8,group_size=64", "nf4", "reference:format=int,bits=3,group_size=32"):
+    for spec in (
+        "int8",
+        "reference:format=int,bits=8,group_size=64",
+        "nf4",
+        "reference:format=int,bits=3,group_size=32",
+    ):
         model, set_size = one_layer(spec)
         set_size(0.03)
         shares[spec] = qft.merge(model).survived
@@ -367,7 +370,11 @@ def test_the_float_model_has_no_trace_of_qft_or_peft(spec, builder, tmp_path):
         (qwen2, {"trainable_token_indices": [3, 5]}, True),
         (qwen2, {"bias": "all"}, True),
         (gpt2, {"bias": "lora_only", "modules_to_save": ["ln_f"]}, True),
-        (qwen3_moe, {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, False),
+        (
+            qwen3_moe,
+            {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+            False,
+        ),
     ],
     ids=name_of,
 )
@@ -472,9 +479,9 @@ def test_copies_of_a_wrapped_model_are_their_own(spec):
 def test_lora_bias_without_a_bias_trains_and_only_its_merge_is_refused(spec, tmp_path):
     base = qft.quantize(llama(), spec, progress=False)
     model = train_a_little(qft.wrap(base, config(lora_bias=True)))
-    assert all(
-        float(m.lora_B["default"].bias.abs().sum()) > 0 for m in layers(model).values()
-    ), "the biases did not train"
+    assert all(float(m.lora_B["default"].bias.abs().sum()) > 0 for m in layers(model).values()), (
+        "the biases did not train"
+    )
     before, y = bits(model), run(model)
     for verb in (qft.merge, qft.merge_to_float, lambda m: m.merge_adapter(), lambda m: m.merge_and_unload()):
         with pytest.raises(qft.UnsupportedOperation, match="lora_bias"):

@@ -31,7 +31,9 @@ def adapters(model):
 def frozen(model):
     """Every tensor of the base by its own name, codes and constants included."""
     own = ("lora_", "ia3_", "vera_", "ranknum")
-    return {k.replace(".base_layer", ""): v.clone() for k, v in model.state_dict().items() if not any(o in k for o in own)}
+    return {
+        k.replace(".base_layer", ""): v.clone() for k, v in model.state_dict().items() if not any(o in k for o in own)
+    }
 
 
 def same(a, b):

@@ -73,9 +73,7 @@ def test_merge_to_float_is_exact_on_a_real_model(model, windows, spec):
 
 def test_import_is_quick():
     """`import qft` adds less than half a second to `import torch, peft`; the best of three."""
-    code = (
-        "import time, torch, peft; start = time.perf_counter(); import qft; print(time.perf_counter() - start)"
-    )
+    code = "import time, torch, peft; start = time.perf_counter(); import qft; print(time.perf_counter() - start)"
     times = []
     for _ in range(3):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)

@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -69,7 +70,9 @@ def test_the_comparison_sees_what_it_is_there_to_see():
         lambda m: setattr(m, "is_quantized", True),
         lambda m: setattr(m.config, "quantization_config", {}),
         lambda m: m.model.layers[0].mlp.up_proj.register_buffer("extra", torch.zeros(1)),
-        lambda m: setattr(m.model.layers[1].mlp.up_proj, "weight", nn.Parameter(m.model.layers[1].mlp.up_proj.weight.data)),
+        lambda m: setattr(
+            m.model.layers[1].mlp.up_proj, "weight", nn.Parameter(m.model.layers[1].mlp.up_proj.weight.data)
+        ),
         replaced,
     ]
     for change in changes:
@@ -601,7 +604,9 @@ def test_dtypes_that_are_none(dtype, tmp_path):
 
 
 def tuned(spec="reference", model=llama, **options):
-    model = qft.quantize_and_wrap(model(), spec, adapter=lora(**options), use_gradient_checkpointing=False, progress=False)
+    model = qft.quantize_and_wrap(
+        model(), spec, adapter=lora(**options), use_gradient_checkpointing=False, progress=False
+    )
     return train_a_little(model)
 
 
@@ -686,7 +691,8 @@ def test_a_second_merge_that_fails_keeps_the_first(value):
         assert merged() == [["default"]] * 14
     qft.unmerge(model)
     assert torch.equal(
-        model.base_model.model.model.layers[0].mlp.up_proj.base_layer.qweight, quantized().model.layers[0].mlp.up_proj.qweight
+        model.base_model.model.model.layers[0].mlp.up_proj.base_layer.qweight,
+        quantized().model.layers[0].mlp.up_proj.qweight,
     )
 
 
@@ -866,9 +872,9 @@ def test_a_save_whose_process_is_killed_leaves_the_old_files_and_the_next_one_cl
     model, folder = tuned(), tmp_path / "adapter"
     qft.save(model, folder)
     before = files(folder)
-    path = ":".join(filter(None, sys.path))
+    path = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(Path(__file__).parent)]
-    done = subprocess.run(command, env={"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}, capture_output=True, timeout=120)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert files(folder) == before
     assert len(list(tmp_path.iterdir())) == 2  # what the killed process was writing
@@ -926,7 +932,11 @@ SPOILT_MODELS = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), qft.BadFolder, ["model.safetensors"]),
     "cut weights": (lambda f: cut(f / "model.safetensors"), qft.BadFolder, ["model.safetensors"]),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), qft.BadFolder, ["model.safetensors"]),
-    "text as weights": (lambda f: (f / "model.safetensors").write_text("weights"), qft.BadFolder, ["model.safetensors"]),
+    "text as weights": (
+        lambda f: (f / "model.safetensors").write_text("weights"),
+        qft.BadFolder,
+        ["model.safetensors"],
+    ),
     "a weight missing": (lambda f: drop(f / "model.safetensors", key=UP), qft.BadFolder, [UP]),
     "a weight of another shape": (
         lambda f: change(f / "model.safetensors", key=UP, value=lambda t: t.T),
