@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--quantizer", nargs="+", default=SPECS)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "load_peak.json"))
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "load_peak-cpu.json"))
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

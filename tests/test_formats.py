@@ -216,3 +216,13 @@ def test_a_constant_or_zero_group_is_exact():
     for bits in (2, 4, 8):
         assert torch.equal(_round_trip(Reference(format="int", bits=bits, group_size=32), weight), weight)
     assert torch.equal(_round_trip(Reference(group_size=32), weight), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_nearly_constant_group_stays_finite_and_close(bits, dtype):
+    """Its zero point, counted in steps, would overflow float16."""
+    weight = (torch.full((2, 32), 500.0) + torch.linspace(0, 1e-3, 32)).to(DTYPES[dtype])
+    w_hat = _round_trip(Reference(format="int", bits=bits, group_size=32), weight)
+    assert torch.isfinite(w_hat).all()
+    assert float((w_hat - weight.float()).abs().max()) <= 500 * (2**-9 if dtype == "bfloat16" else 2**-11) * 2

@@ -353,7 +353,7 @@ def test_the_float_model_has_no_trace_of_qft_or_peft(spec, builder, tmp_path):
         for p in merged.parameters():
             p.add_(0.01)
     assert torch.equal(run(model), source)
-    out, gradients = loss_and_gradients(merged)
+    _, gradients = loss_and_gradients(merged)
     assert len(gradients) == len(list(merged.parameters()))
 
 

@@ -247,3 +247,8 @@ def test_the_summary_says_what_happened():
     assert "4.50 bits a weight" in text
     assert "left as it is: lm_head (the output head)" in text
     assert "merges: to float, into the quantized weights" in text
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(qft.BadOption, match=r"matches '\*\.ffn\.\*'"):
+        qft.quantize(llama(), {"*.ffn.*": "reference", "*": "reference"}, progress=False)

@@ -272,5 +272,6 @@ def _clean(plain: nn.Module) -> None:
                 del module._forward_hooks[key]
         for name in ("_require_grads_hook", "_require_grads_hooks"):
             module.__dict__.pop(name, None)
-    if getattr(plain, "is_gradient_checkpointing", False):
-        plain.gradient_checkpointing_disable()
+    if any(getattr(module, "gradient_checkpointing", False) for module in plain.modules()):
+        disable = getattr(plain, "activation_checkpointing_disable", None) or plain.gradient_checkpointing_disable
+        disable()

@@ -52,7 +52,9 @@ def prepare_model_for_kbit_training(
         torch.cuda.empty_cache()
     if use_gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False):
         kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        # transformers renamed it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(kwargs)
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
     return model

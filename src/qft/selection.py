@@ -41,18 +41,20 @@ def select(
 
     Raises:
         NoTargets: no layer is left to quantize.
-        BadOption: a skip that is no valid regular expression.
+        BadOption: a skip that is no valid regular expression, or a skip or pattern that matches nothing.
     """
     skips = _Skips(skip)
     reasons = default_skips(model)
     chosen = Selection(experts=_fused_experts(model))
     inside: tuple[str, ...] = ()
+    matched = {"*"}
     for name, module in model.named_modules():
         skipped = skips(name) or name.startswith(inside)
         if skipped:
             inside += (f"{name}.",)
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
             continue
+        matched |= {pattern for pattern in quantizers if fnmatchcase(name, pattern)}
         quantizer = next((q for pattern, q in quantizers.items() if fnmatchcase(name, pattern)), None)
         if name in reasons:
             chosen.left[name] = reasons[name]
@@ -67,6 +69,9 @@ def select(
     unused = skips.unused()
     if unused:
         raise BadOption(f"skip names no module of this model: {', '.join(map(repr, unused))}")
+    idle = [pattern for pattern in quantizers if pattern not in matched]
+    if idle:
+        raise BadOption(f"no linear layer of this model matches {', '.join(map(repr, idle))}")
     if not chosen.targets:
         why = "; ".join(f"{n}: {r}" for n, r in list(chosen.left.items())[:5]) or "it has no linear layers"
         raise NoTargets(f"nothing to quantize in {type(model).__name__}: {why}")

@@ -18,6 +18,9 @@ from qft.quantizer import Capabilities
 GROUP_SIZES = (128, 64, 32)
 """Tried in this order where an affine group size is left open."""
 
+MOST_STEPS = 4096
+"""Steps between zero and a group's largest value at most: a zero point beyond that is not exact in 16 bits."""
+
 
 @lru_cache
 def nf4_values() -> Tensor:
@@ -187,6 +190,8 @@ class Reference(TensorQuantizer):
             scale = (high - low) / top
             # a constant group: one step of its own size, so that code 0 or 1 gives the value
             scale = torch.where(scale == 0, torch.where(low == 0, 1.0, low.abs()), scale)
+            # a nearly constant one: steps no finer than a 16-bit zero point can count
+            scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / MOST_STEPS)
             zero = -low / scale
         scale = torch.where(scale == 0, 1.0, scale)
         packed = self._constants(scale, "scale", weight.dtype)
