@@ -156,7 +156,8 @@ def test_integers_round_to_the_nearest_step(rows, groups, size, bits, symmetric,
     if double_quant:  # 8-bit constants: the error is bounded through the group's and the model's own size
         assert torch.isfinite(w_hat).all()
         return
-    slack = torch.finfo(DTYPES[dtype]).eps * (grouped.abs().amax(-1, keepdim=True) * 4 + step * 2**bits)
+    stored = torch.finfo(torch.float32 if dtype == "float32" else torch.bfloat16).eps  # of the scales
+    slack = torch.finfo(DTYPES[dtype]).eps * grouped.abs().amax(-1, keepdim=True) * 4 + stored * step * 2**bits
     assert (error <= step / 2 + slack + 1e-9).all()
 
 
@@ -225,4 +226,15 @@ def test_a_nearly_constant_group_stays_finite_and_close(bits, dtype):
     weight = (torch.full((2, 32), 500.0) + torch.linspace(0, 1e-3, 32)).to(DTYPES[dtype])
     w_hat = _round_trip(Reference(format="int", bits=bits, group_size=32), weight)
     assert torch.isfinite(w_hat).all()
-    assert float((w_hat - weight.float()).abs().max()) <= 500 * (2**-9 if dtype == "bfloat16" else 2**-11) * 2
+    bound = {"float32": 2**-20, "float16": 2**-10, "bfloat16": 2**-8}[dtype]
+    assert float((w_hat - weight.float()).abs().max()) <= 500 * bound
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-6])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_small_float16_weights_keep_their_precision(size, bits):
+    """Their scales are beneath what float16 can hold."""
+    weight = (_normal(64, 64) * size).half()
+    w_hat = _round_trip(Reference(format="int", bits=bits, group_size=32), weight)
+    error = float((w_hat - weight.float()).norm() / weight.float().norm())
+    assert error < (0.1 if bits == 4 else 0.01)

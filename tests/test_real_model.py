@@ -43,9 +43,13 @@ def test_nf4_costs_what_was_measured_by_hand(model, windows):
     """Float 14.705 and NF4 18.749 on 8 windows of 512 tokens, float32 on the CPU, each within one percent."""
     from qft.demo import perplexity
 
-    assert perplexity(model, windows) == pytest.approx(14.705, rel=0.01)
+    before = perplexity(model, windows)
     qft.quantize(model, "nf4", progress=False)
-    assert perplexity(model, windows) == pytest.approx(18.749, rel=0.01)
+    after = perplexity(model, windows)
+    if sys.version_info[:2] == (3, 11):  # the text is Python's own help, and differs from release to release
+        assert before == pytest.approx(14.705, rel=0.01)
+        assert after == pytest.approx(18.749, rel=0.01)
+    assert after / before == pytest.approx(18.749 / 14.705, rel=0.03)
     audit = qft.audit(model)
     assert audit.bits_per_weight == pytest.approx(4.5, abs=1e-6)
     assert "lm_head" in audit.left

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from models import batch, llama, logits, relative
 from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -11,6 +10,8 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import qft
 from qft.lora.layer import QftLinear
+
+Dataset = pytest.importorskip("datasets", reason="pip install datasets").Dataset
 
 SPECS = ["nf4", "int8", "reference", "reference:format=int,bits=3,group_size=32"]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

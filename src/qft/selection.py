@@ -69,12 +69,12 @@ def select(
     unused = skips.unused()
     if unused:
         raise BadOption(f"skip names no module of this model: {', '.join(map(repr, unused))}")
-    idle = [pattern for pattern in quantizers if pattern not in matched]
-    if idle:
-        raise BadOption(f"no linear layer of this model matches {', '.join(map(repr, idle))}")
     if not chosen.targets:
         why = "; ".join(f"{n}: {r}" for n, r in list(chosen.left.items())[:5]) or "it has no linear layers"
         raise NoTargets(f"nothing to quantize in {type(model).__name__}: {why}")
+    idle = [pattern for pattern in quantizers if pattern not in matched]
+    if idle:
+        raise BadOption(f"no linear layer of this model matches {', '.join(map(repr, idle))}")
     return chosen
 
 

@@ -71,7 +71,7 @@ class Reference(TensorQuantizer):
     Integers decode as `(code - zero_point) * scale` with a float zero point, or `(code - 2**(bits-1)) * scale`.
 
     Packed tensors: `qweight` uint8; `absmax` float32 (blocks,) for the codebooks; `scale` and `zero_point`
-    (out_features, in_features / group_size) in the weight's dtype for integers.
+    (out_features, in_features / group_size) in the weight's dtype for integers, scales of float16 weights in bfloat16.
     """
 
     name: ClassVar[str] = "reference"
@@ -190,11 +190,13 @@ class Reference(TensorQuantizer):
             scale = (high - low) / top
             # a constant group: one step of its own size, so that code 0 or 1 gives the value
             scale = torch.where(scale == 0, torch.where(low == 0, 1.0, low.abs()), scale)
-            # a nearly constant one: steps no finer than a 16-bit zero point can count
-            scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / MOST_STEPS)
+            # a nearly constant one: steps no finer than the stored zero point can count
+            steps = 2**20 if weight.dtype == torch.float32 and not self.double_quant else MOST_STEPS
+            scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / steps)
             zero = -low / scale
         scale = torch.where(scale == 0, 1.0, scale)
-        packed = self._constants(scale, "scale", weight.dtype)
+        # float16 has no room for the scales of small weights; codes are for the scale as it is stored
+        packed = self._constants(scale, "scale", torch.bfloat16 if weight.dtype == torch.float16 else weight.dtype)
         if zero is not None:
             packed |= self._constants(zero, "zero_point", weight.dtype)
         # codes for the constants as they are stored, not as they were computed

@@ -294,6 +294,38 @@ class QftLinear(Linear):
         return "qft." + super().__repr__()
 
 
+class DequantizedForward:
+    """x Ŵᵀ + b, put on a layer without an adapter whose vendor's own forward computes something else.
+
+    With it the whole wrapped model computes from `dequantize`, and a merge to float is exact for every choice of
+    `target_modules`.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        quantizer = quantizer_of(self.module)
+        return lora_linear(x, dequantizer(quantizer, quantizer.weights(self.module)[0]), self.module.bias)
+
+    @staticmethod
+    def put_on(model: nn.Module) -> None:
+        """Put it on every layer of `model` that needs it, adapted ones apart."""
+        adapted = {id(m.base_layer) for m in model.modules() if isinstance(m, QftLinear)}
+        for module in model.modules():
+            quantizer = quantizer_of(module)
+            exact = quantizer is None or quantizer.capabilities.exact_forward
+            if not exact and not hasattr(module, "base_layer") and id(module) not in adapted:
+                module.forward = DequantizedForward(module)
+
+    @staticmethod
+    def take_off(model: nn.Module) -> None:
+        """Give every layer its vendor's forward back."""
+        for module in model.modules():
+            if isinstance(module.__dict__.get("forward"), DequantizedForward):
+                del module.forward
+
+
 class _FloatView(nn.Module):
     """The base layer as PEFT's variants want to see it: `.weight` (out, in) as float, and `.bias`."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qft.backends.unquantized import is_float_linear
 from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOperation
 from qft.guard import as_it_was
-from qft.lora.layer import QftLinear, WeightMerge
+from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
 from qft.marks import record_of
 from qft.registry import quantizer_of
 from qft.selection import linear_targets
@@ -73,6 +73,10 @@ class QftLoraModel(LoraModel):
             if config.target_modules == "all-linear":
                 config.target_modules = set(linear_targets(model, _quantized))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if record is not None:
+            DequantizedForward.take_off(model)
+            if record.forward == "dequantize":
+                DequantizedForward.put_on(model)
 
     def _create_new_module(self, lora_config, adapter_name, target, **kwargs):
         record = record_of(self.model)
@@ -123,6 +127,7 @@ class QftLoraModel(LoraModel):
             model = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
+        DequantizedForward.take_off(model)
         merges = [m.last_merge for m in layers if m.merged and m.last_merge is not None]
         if record is not None and merges:
             record.base_changed = True
