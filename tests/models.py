@@ -47,12 +47,12 @@ def qwen2(dtype=torch.float32, seed=0):
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    model = Qwen2ForCausalLM(config).to(dtype).eval()
+    model = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
-    return model
+    return model.to(dtype)
 
 
 def gpt2(dtype=torch.float32, seed=0):
@@ -61,12 +61,12 @@ def gpt2(dtype=torch.float32, seed=0):
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0
     )
-    model = GPT2LMHeadModel(config).to(dtype).eval()
+    model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
-    return model
+    return model.to(dtype)
 
 
 def t5(dtype=torch.float32, seed=0):
