@@ -252,3 +252,10 @@ def test_the_summary_says_what_happened():
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(qft.BadOption, match=r"matches '\*\.ffn\.\*'"):
         qft.quantize(llama(), {"*.ffn.*": "reference", "*": "reference"}, progress=False)
+
+
+def test_calibration_that_nothing_reads_is_not_passed_over_in_silence():
+    with pytest.warns(qft.QftWarning, match="calibration= is not used"):
+        model = qft.quantize(llama(), "reference", calibration=["some text"], progress=False)
+    with pytest.warns(qft.QftWarning, match="calibration= is not used"):
+        qft.wrap(model, calibration=["some text"])

@@ -13,10 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 
 from qft import hf, marks
-from qft.errors import (
-    BadOption,
-    UnsupportedOperation,
-)
+from qft.errors import BadOption, UnsupportedOperation
 from qft.guard import as_it_was, check_names, refused_by_peft, rehearse
 from qft.inits import InitRun, need_original, resolve_init
 from qft.lora.layer import QftLinear
@@ -24,7 +21,7 @@ from qft.lora.model import check_config, check_saved_modules, fill_targets, targ
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
 from qft.quantizer import Quantizer
-from qft.quantizing import quantize_as
+from qft.quantizing import quantize_as, warn_unused_calibration
 from qft.registry import parse_spec
 
 
@@ -76,6 +73,8 @@ def wrap(
         return _wrap_other(model, adapter, record)
     chosen, adapter = resolve_init(init, adapter)
     check_adapter(model, adapter)
+    if calibration is not None:
+        warn_unused_calibration()
     run = None
     if chosen is not None:
         if original is None:

@@ -245,6 +245,11 @@ class Quantizer(ABC):
         `on_weight(name, W, W_hat, statistics)` is called once per weight while both are in hand, both of shape
         `(out_features, in_features)`, when the quantized layer is in its place.
         """
+        if calibration is not None and not isinstance(calibration, Mapping):
+            raise BadOption(
+                f"{self.name}.quantize takes activation statistics by layer name, not a {type(calibration).__name__}; a "
+                "quantizer that reads data overrides it"
+            )
         for name in progress(targets) if progress else targets:
             layer = model.get_submodule(name)
             statistics = (calibration or {}).get(name)

@@ -95,9 +95,13 @@ def quantize_as(
 ) -> nn.Module:
     if spec.skip:
         skip = _joined(skip, spec.skip)
-    for q in spec.quantizers.values():
+    quantizers = list(spec.quantizers.values())
+    for q in quantizers:
         if q is not None and q.capabilities.needs_calibration and calibration is None:
             raise NeedsCalibration(f"{q!r} needs calibration data: pass calibration=")
+    if calibration is not None and not any(q is not None and q.capabilities.needs_calibration for q in quantizers):
+        warn_unused_calibration()
+        calibration = None
     target = check_device(device)
     if isinstance(model_or_path, nn.Module):
         if load_options:
@@ -113,6 +117,15 @@ def quantize_as(
     if progress:
         print(audit(model).summary(), file=sys.stderr)
     return model
+
+
+def warn_unused_calibration() -> None:
+    """Say that data was passed which nothing reads."""
+    warnings.warn(
+        "calibration= is not used: neither this quantizer nor an init of this version needs data",
+        QftWarning,
+        stacklevel=4,
+    )
 
 
 def _joined(skip: Any, more: Sequence[str]) -> Any:
