@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -33,10 +34,7 @@ class WeightAudit:
 
     @property
     def bits_per_weight(self) -> float:
-        n = 1
-        for s in self.shape:
-            n *= s
-        return 8 * self.nbytes / n
+        return 8 * self.nbytes / prod(self.shape)
 
 
 @dataclass
@@ -64,7 +62,7 @@ class Audit:
     @property
     def bits_per_weight(self) -> float:
         """Bits per quantized weight, constants included."""
-        count = sum(_numel(w.shape) for w in self.weights.values())
+        count = sum(prod(w.shape) for w in self.weights.values())
         return 8 * self.quantized_bytes / count if count else 0.0
 
     @property
@@ -164,7 +162,7 @@ def audit(model: nn.Module, *, original: Any = None) -> Audit:
     result.merges = tuple(sorted(merges, reverse=True))
     result.nbytes = model_bytes(model)
     result.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    result.parameters = sum(_numel(w.shape) for w in result.weights.values()) + sum(
+    result.parameters = sum(prod(w.shape) for w in result.weights.values()) + sum(
         p.numel() for m in model.modules() if quantizer_of(m) is None for p in m.parameters(recurse=False)
     )
     return result
@@ -196,13 +194,6 @@ def layer_bytes(module: nn.Module) -> int:
         for k, t in state.items()
         if k not in skip and not k.startswith("weight.quant_state")
     )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
 
 
 def _size(n: float) -> str:

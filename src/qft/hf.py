@@ -110,7 +110,7 @@ class QftHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.plan is None:
-            _dtype_floats(model, self.quantization_config)
+            _freeze_biases(model)
             quantizers: dict[str, Quantizer] = {
                 n: m.quantizer for n, m in model.named_modules() if isinstance(m, PackedLinear)
             }
@@ -159,7 +159,7 @@ def _build_packed_layers(model: nn.Module, config: QftConfig) -> None:
         raise BadFolder(f"this model's quantization_config does not fit it: {error!r}") from error
 
 
-def _dtype_floats(model: nn.Module, config: QftConfig) -> None:
+def _freeze_biases(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PackedLinear) and module.bias is not None:
             module.bias.requires_grad_(False)

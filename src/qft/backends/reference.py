@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -134,9 +135,7 @@ class Reference(TensorQuantizer):
         return value.to(dtype) if out is None else out.copy_(value)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        n = 1
-        for s in shape:
-            n *= s
+        n = prod(shape)
         if self.format != "int":
             blocks = -(-n // self.group_size)
             return -(-n // 2) + (_constants_nbytes(blocks) if self.double_quant else 4 * blocks)
@@ -163,9 +162,7 @@ class Reference(TensorQuantizer):
     def _unpack_codebook(self, packed: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         qweight = packed["qweight"]
         values, _, _ = _codebook(self.format, qweight.device)
-        n = 1
-        for s in shape:
-            n *= s
+        n = prod(shape)
         codes = torch.stack([qweight >> 4, qweight & 0xF], dim=1).view(-1)[:n]
         flat = values[codes.int()]
         absmax = unpack_constants(packed, "absmax")
@@ -218,9 +215,7 @@ class Reference(TensorQuantizer):
 
     def _unpack_int(self, packed: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         scale, offset = self._offsets(packed)
-        n = 1
-        for s in shape:
-            n *= s
+        n = prod(shape)
         codes = unpack_bits(packed["qweight"], self.bits, n).view(*scale.shape, -1)
         return ((codes.float() - offset) * scale[..., None]).view(shape)
 
