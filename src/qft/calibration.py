@@ -1,0 +1,244 @@
+"""Calibration data in, batches and activation statistics out; one pass over the model serves every consumer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qft.errors import BadOption, NeedsCalibration
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data with its own settings, for `calibration=` and `data=`.
+
+    Args:
+        data: texts, tokenised sequences or batches, a `datasets.Dataset`, a DataLoader, or any iterable of these.
+        tokenizer: for texts.
+        samples: sequences to read at most.
+        length: tokens of a sequence that is cut from texts.
+        batch_size: sequences that are run together, where the data comes without batches.
+    """
+
+    data: Any
+    tokenizer: Any = None
+    samples: int = 128
+    length: int = 512
+    batch_size: int = 4
+
+    def __post_init__(self):
+        for name in ("samples", "length", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise BadOption(f"calibration: {name}={value!r}; it is a positive integer")
+
+
+def batches(data: Any, tokenizer: Any = None, *, model: nn.Module | None = None, **settings: int) -> list[Batch]:
+    """What a caller gave as data, as keyword arguments for the model's forward, on the host.
+
+    Texts are tokenised, joined, and cut into full windows; only a last piece of at least a quarter of a window, or the
+    only one, is kept short. Everything else is taken as it is.
+
+    Args:
+        data: what `Calibration` takes, or a `Calibration`.
+        tokenizer: for texts.
+        model: to check the token ids against.
+        **settings: defaults of `Calibration` (samples, length, batch_size) for data that is none.
+
+    Raises:
+        NeedsCalibration: no tokens: empty texts, an iterator that was read before, masks of zeros only.
+        BadOption: data of another kind, texts without a tokenizer, ids that the model has no embedding for, NaN.
+    """
+    if not isinstance(data, Calibration):
+        data = Calibration(data, tokenizer, **settings)
+    found = list(_stacked(_items(data), data))
+    _check(found, model)
+    return found
+
+
+def _items(calibration: Calibration) -> Iterator[tuple[Batch, bool]]:
+    """Batches, and single sequences without a batch dimension (True), as many sequences as were asked for."""
+    left, data = calibration.samples, calibration.data
+    if isinstance(data, str | Mapping) or (isinstance(data, Tensor) and data.ndim == 1):
+        data = [data]
+    if not isinstance(data, Iterable):
+        raise BadOption(
+            f"calibration data is texts, token ids, batches, a dataset or a DataLoader, not a {type(data).__name__}"
+        )
+    for batch, single in _windows(data, calibration):
+        rows = 1 if single else _rows(batch)
+        if rows > left:
+            batch = {
+                k: v[:left] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v for k, v in batch.items()
+            }
+            rows = left
+        yield batch, single
+        left -= rows
+        if left <= 0:
+            return
+
+
+def _windows(data: Iterable[Any], calibration: Calibration) -> Iterator[tuple[Batch, bool]]:
+    pending: list[int] = []  # tokens of texts, not yet a window
+    cut = 0
+    for item in data:
+        texts = _texts(item)
+        if texts is None:
+            yield _as_batch(item)
+            continue
+        for text in texts:
+            pending += _tokens(text, calibration.tokenizer)
+            while len(pending) >= calibration.length:
+                yield {"input_ids": torch.tensor(pending[: calibration.length])}, True
+                del pending[: calibration.length]
+                cut += 1
+    if pending and (not cut or 4 * len(pending) >= calibration.length):
+        yield {"input_ids": torch.tensor(pending)}, True
+
+
+def _texts(item: Any) -> list[str] | None:
+    """The texts of an item, or None where it holds tokens."""
+    if isinstance(item, Mapping) and "input_ids" not in item:
+        columns = [k for k, v in item.items() if _all_text(v)]
+        column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
+        if column is not None:
+            item = item[column]
+        elif columns or not any(isinstance(v, Tensor) for v in item.values()):
+            raise BadOption(
+                f"which column of the calibration data to read? It has {', '.join(map(str, item))}: name it 'text', or "
+                "tokenise it to 'input_ids'"
+            )
+    if isinstance(item, str):
+        return [item]
+    return list(item) if _all_text(item) else None
+
+
+def _all_text(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)
+    )
+
+
+def _tokens(text: str, tokenizer: Any) -> list[int]:
+    if tokenizer is None:
+        raise BadOption("the calibration data is texts: pass tokenizer= too")
+    if not text.strip():
+        return []
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    end = getattr(tokenizer, "eos_token_id", None)
+    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _as_batch(item: Any) -> tuple[Batch, bool]:
+    """An item as keyword arguments, and whether it is one sequence without a batch dimension."""
+    if isinstance(item, Mapping):
+        batch = {}
+        for key, value in item.items():
+            if isinstance(value, list | tuple):
+                value = _tensor(value, key)
+            if isinstance(value, Tensor) or key in ("use_cache", "return_dict"):
+                batch[key] = value.detach().cpu() if isinstance(value, Tensor) else value
+        ids = batch.get("input_ids")
+        return batch, ids is not None and ids.ndim == 1
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor) and item[0].ndim > 0:
+        item = item[0]  # a TensorDataset's rows: the ids come first
+    value = item.detach().cpu() if isinstance(item, Tensor) else _tensor(item, "input_ids")
+    if value.ndim not in (1, 2):
+        raise BadOption(f"token ids are (sequence,) or (batch, sequence), and these are {tuple(value.shape)}")
+    return {"input_ids": value}, value.ndim == 1
+
+
+def _tensor(value: Any, key: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadOption(
+            f"calibration: {key} is a {type(value).__name__} that is no tensor: give texts with a tokenizer, token ids, "
+            f"or batches whose rows are equally long ({error})"
+        ) from error
+    return tensor.long() if tensor.numel() == 0 else tensor
+
+
+def _rows(batch: Batch) -> int:
+    return max((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), default=1)
+
+
+def _stacked(items: Iterable[tuple[Batch, bool]], calibration: Calibration) -> Iterator[Batch]:
+    """Batches as they come; single sequences of one shape that follow each other become batches."""
+    waiting: list[Batch] = []
+
+    def flush() -> Iterator[Batch]:
+        if waiting:
+            yield {k: torch.stack([w[k] for w in waiting]) for k in waiting[0]}
+            waiting.clear()
+
+    def kind(batch: Batch) -> Any:
+        return {k: (v.shape, v.dtype) for k, v in batch.items() if isinstance(v, Tensor)}
+
+    for batch, single in items:
+        if not single or (waiting and (kind(batch) != kind(waiting[0]) or len(waiting) == calibration.batch_size)):
+            yield from flush()
+        if single:
+            waiting.append({k: v for k, v in batch.items() if isinstance(v, Tensor)})
+        else:
+            yield batch
+    yield from flush()
+
+
+def _check(found: list[Batch], model: nn.Module | None) -> None:
+    if not any(_counts(batch) for batch in found):
+        raise NeedsCalibration(
+            "the calibration data holds no tokens: it is empty, or an iterator that was read to its end before; give a "
+            "list, or a fresh iterator"
+        )
+    found[:] = [batch for batch in found if _counts(batch)]
+    size = _vocabulary(model) if model is not None else None
+    for batch in found:
+        for key, value in batch.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                raise BadOption(f"the calibration data's {key} holds NaN or infinity")
+        for key in ("input_ids", "decoder_input_ids"):
+            ids = batch.get(key)
+            if ids is None:
+                continue
+            if ids.is_floating_point() or ids.dtype == torch.bool:
+                raise BadOption(f"the calibration data's {key} are {ids.dtype}: token ids are integers")
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or (size is not None and high >= size):
+                raise BadOption(
+                    f"the calibration data holds the token id {low if low < 0 else high}, and the model has embeddings "
+                    f"for 0 to {size - 1 if size else '...'}: it was tokenised for another model"
+                )
+
+
+def _counts(batch: Batch) -> bool:
+    """Whether a batch holds anything to learn from."""
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and not mask.any():
+        return False
+    return any(isinstance(v, Tensor) and v.numel() > 0 for k, v in batch.items() if k != "attention_mask")
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    try:
+        return model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def call(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Any:
+    """Run `model` on a batch of `batches`, without a cache; encoder-decoders read the input as their output too."""
+    batch = {k: v.to(device) if isinstance(v, Tensor) and device is not None else v for k, v in batch.items()}
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and "input_ids" in batch:
+        if "decoder_input_ids" not in batch and "labels" not in batch:
+            batch["decoder_input_ids"] = batch["input_ids"]
+    if config is not None and hasattr(config, "use_cache"):
+        batch.setdefault("use_cache", False)
+    return model(**batch)
