@@ -159,8 +159,8 @@ class InitRun:
                 continue  # a float layer: there is no quantization error to start from
             a, b = self.values[name]
             for target, value in ((module.lora_A, a), (module.lora_B, b)):
-                weight = target[adapter_name].weight
-                weight.data.copy_(value)
+                target[adapter_name].weight.data.copy_(value)
+            module.starts[adapter_name] = (a, b)
             if adapter_name in module.lora_variant:  # DoRA: the magnitude is that of the weight it starts from
                 delta = (b @ a) * module.scaling[adapter_name]
                 start = module.quantizer.dequantize(module.handle, dtype=torch.float32)

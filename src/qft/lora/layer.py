@@ -52,6 +52,8 @@ class QftLinear(Linear):
         self._view_base = False
         self._saved: tuple[Any, Tensor | None] | None = None
         self.last_merge: WeightMerge | None = None
+        # adapter → (A, B) that its init put there, float32 on the host; None where that is not known; absent for B = 0
+        self.starts: dict[str, tuple[Tensor, Tensor] | None] = {}
         # Conv1D's weight is kept as (out, in) here, whatever the config says of the float layer
         if config.fan_in_fan_out:
             config = copy.copy(config)
@@ -98,8 +100,13 @@ class QftLinear(Linear):
         if config.fan_in_fan_out:
             config = copy.copy(config)
             config.fan_in_fan_out = False
+        self.starts.pop(adapter_name, None)
         with self._float_base():
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.starts.pop(adapter_name, None)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         handle = self.handle
