@@ -15,7 +15,7 @@ from twins import SPECS, fill, quantized, stock_peft
 
 import qft
 from qft.backends.reference import Reference
-from qft.inits.loftq import fit
+from qft.inits.lowrank import fit
 from qft.lora.layer import QftLinear
 from qft.registry import quantizer_of
 

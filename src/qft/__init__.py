@@ -7,7 +7,9 @@
 import typing as _typing
 
 from qft import errors
+from qft.activations import Statistics
 from qft.audit import Audit, audit
+from qft.calibration import Calibration
 from qft.errors import (
     AdapterMismatch,
     AlreadyQuantized,
@@ -26,8 +28,7 @@ from qft.errors import (
     UnsupportedDevice,
     UnsupportedOperation,
 )
-from qft.inits import AdapterInit
-from qft.inits.loftq import LoftQ
+from qft.inits import QERA, AdapterInit, InitReport, LoftQ, OLoRA, PiSSA, QERAFull, register_init
 from qft.merging import MergeReport, merge, merge_to_float, unmerge
 from qft.packed import PackedLinear, TensorQuantizer
 from qft.pipeline import quantize_and_wrap, wrap
@@ -52,6 +53,7 @@ if _typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "QERA",
     "AdapterInit",
     "AdapterMismatch",
     "AlreadyQuantized",
@@ -61,7 +63,9 @@ __all__ = [
     "BadShape",
     "BitsAndBytes4bit",
     "BitsAndBytes8bit",
+    "Calibration",
     "Capabilities",
+    "InitReport",
     "LoftQ",
     "MergeReport",
     "MissingDependency",
@@ -69,14 +73,18 @@ __all__ = [
     "NeedsOriginal",
     "NoTargets",
     "NonFiniteWeights",
+    "OLoRA",
     "PackedLinear",
     "PartlyQuantized",
+    "PiSSA",
+    "QERAFull",
     "QftError",
     "QftWarning",
     "QuantizedWeight",
     "Quantizer",
     "QuantizerInfo",
     "Reference",
+    "Statistics",
     "TensorQuantizer",
     "UnknownQuantizer",
     "UnsupportedDevice",
@@ -92,6 +100,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "quantize",
     "quantize_and_wrap",
+    "register_init",
     "register_quantizer",
     "save",
     "testing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 
 from qft import hf, marks
-from qft.errors import BadOption, UnsupportedOperation
+from qft.activations import StatisticsKind, collect
+from qft.calibration import batches
+from qft.errors import BadOption, NeedsCalibration, QftWarning, UnsupportedOperation
 from qft.guard import as_it_was, check_names, refused_by_peft, rehearse
-from qft.inits import InitRun, need_original, resolve_init
+from qft.inits import AdapterInit, InitRun, need_original, resolve_init, settle_auto
 from qft.lora.layer import QftLinear
 from qft.lora.model import check_config, check_saved_modules, fill_targets, targeted
 from qft.originals import Originals
@@ -45,10 +48,12 @@ def wrap(
     Args:
         model: a quantized model; prepare it with `prepare_model_for_kbit_training` before or after.
         adapter: a PEFT config; default LoRA of rank 16 on all linear layers.
-        init: where the adapters start: None (B = 0), "loftq", or an object such as `qft.LoftQ(steps=5)`. It wins
-            over the config's `init_lora_weights` and `loftq_config`.
+        init: where the adapters start: None (B = 0), "loftq", "qera", "qera-full", "pissa", "olora", "auto", an
+            object such as `qft.LoftQ(steps=5)`, a name that `qft.register_init` knows, or a function. It wins over
+            the config's `init_lora_weights` and `loftq_config`. The returned model's `init_report` says what it did.
         original: the float model, or its folder, for inits that need float weights that are gone.
-        calibration, tokenizer: for inits that need activation statistics.
+        calibration, tokenizer: data for inits that need activation statistics, as `qft.Calibration` takes it. They are
+            those of `original` where that is a model in memory, else of the quantized model.
         forward: "dequantize" computes x @ dequantize().T in training and in evaluation, so that what was trained is
             what is merged. "native" takes the vendor's forward, whose error bounds merges do not have.
 
@@ -57,7 +62,7 @@ def wrap(
 
     Raises:
         BadOption, BadShape, NoTargets: the config. UnsupportedOperation: a method that PEFT gets wrong over this
-        backend. NeedsOriginal: the init. The model is as it was.
+        backend. NeedsOriginal, NeedsCalibration: the init. The model is as it was.
     """
     if forward not in ("dequantize", "native"):
         raise BadOption(f"forward={forward!r}; it is dequantize or native")
@@ -73,15 +78,21 @@ def wrap(
         return _wrap_other(model, adapter, record)
     chosen, adapter = resolve_init(init, adapter)
     check_adapter(model, adapter)
-    if calibration is not None:
+    chosen = _settle_auto(chosen, calibration, floats=original is not None)
+    if calibration is not None and (chosen is None or chosen.needs is None):
         warn_unused_calibration()
     run = None
     if chosen is not None:
         if original is None:
             raise need_original(chosen)
-        _check_init(chosen, adapter, record.quantizers.values())
+        _check_init(chosen, adapter, record.quantizers.values(), calibration)
         run = InitRun(chosen, adapter, model)
-        run.run_over(Originals.of(original, record))
+        originals, groups = Originals.of(original, record), None
+        if chosen.needs is not None:
+            source = original if isinstance(original, nn.Module) else model
+            read = batches(calibration, tokenizer, model=source)
+            groups = collect(source, run.quantized_targets(), read, chosen.needs)
+        run.run_over(originals, groups)
     return _wrap_lora(model, adapter, run, record, forward)
 
 
@@ -107,8 +118,22 @@ def check_adapter(model: nn.Module, adapter: LoraConfig) -> None:
     targeted(model, adapter)
 
 
-def _check_init(init: Any, adapter: LoraConfig, quantizers: Iterable[Quantizer]) -> None:
+def _settle_auto(chosen: AdapterInit | None, calibration: Any, floats: bool) -> AdapterInit | None:
+    settled = settle_auto(chosen, data=calibration is not None, floats=floats)
+    if settled is None and chosen is not None:
+        warnings.warn(
+            "init='auto' starts at B = 0: the float weights are gone; original= gives them", QftWarning, stacklevel=3
+        )
+    return settled
+
+
+def _check_init(init: Any, adapter: LoraConfig, quantizers: Iterable[Quantizer], calibration: Any) -> None:
     quantizers = list(quantizers)
+    if init.needs is not None and calibration is None:
+        raise NeedsCalibration(
+            f"{init!r} weighs the error by what the layers read: pass calibration= (texts with tokenizer=, batches, a "
+            "dataset), or start with init='loftq', which needs no data"
+        )
     bits = getattr(init, "bits", None)
     have = {q.capabilities.bits for q in quantizers}
     if bits is not None and have != {bits}:
@@ -220,8 +245,10 @@ def quantize_and_wrap(
     if is_lora(adapter):
         chosen, adapter = resolve_init(init, adapter)
         check_config(adapter)
+        already = isinstance(model_or_path, nn.Module) and hf.adopt(model_or_path) is not None
+        chosen = _settle_auto(chosen, calibration, floats=not already)
         if chosen is not None:
-            _check_init(chosen, adapter, quantizers)
+            _check_init(chosen, adapter, quantizers, calibration)
             run = InitRun(chosen, adapter)
     elif init is not None:
         raise BadOption(f"init={init!r} is for LoRA adapters, not for {adapter.peft_type.value}")
@@ -249,15 +276,20 @@ def quantize_and_wrap(
         if run is not None:
             run.over(model)
 
+    def needs() -> dict[str, StatisticsKind]:
+        return dict.fromkeys(run.ranks, run.init.needs)
+
     model = quantize_as(
         model_or_path,
         spec,
         calibration=calibration,
+        tokenizer=tokenizer,
         skip=skip,
         device=device,
         progress=progress,
         on_weight=run.on_weight if run is not None else None,
         prepare=prepare,
+        needs=needs if run is not None and run.init.needs is not None else None,
         load_options=load_options,
     )
     with as_it_was(model):
@@ -267,6 +299,8 @@ def quantize_and_wrap(
             return _wrap_other(model, adapter, record)
         check_adapter(model, adapter)
         peft_model = _wrap_lora(model, adapter, run, record, forward)
+    if progress and run is not None:
+        print(f"  {run.report}", file=sys.stderr)
     if progress:
         trainable, _ = peft_model.get_nb_trainable_parameters()
         print(f"  trainable: {trainable:,} parameters in {len(targeted_layers(peft_model))} layers", file=sys.stderr)

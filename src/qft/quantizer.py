@@ -146,6 +146,9 @@ class Quantizer(ABC):
     """pip requirements, named in `MissingDependency`."""
     layer_types: ClassVar[tuple[str, ...]] = ()
     """Qualified names of the layer classes, so that nothing is imported to look."""
+    statistics_kind: ClassVar[Literal["diagonal", "full"]] = "diagonal"
+    """What `quantize_layer` wants to know of the activations where `capabilities.needs_calibration` says so: "diagonal"
+    (E[x²], E[|x|]) or "full" (E[x xᵀ] too); see `qft.activations.Statistics`."""
 
     # ---- what every backend says -------------------------------------------------------------------------
 

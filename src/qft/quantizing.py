@@ -6,15 +6,18 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qft import hf, marks
+from qft.activations import Group, StatisticsKind, collect
 from qft.audit import audit
+from qft.calibration import Batch, batches
 from qft.errors import (
     AlreadyQuantized,
     BadFolder,
@@ -30,6 +33,8 @@ from qft.registry import Spec, parse_spec, quantizer_of
 from qft.selection import check_finite, select, settle
 
 Prepare = Callable[[nn.Module, Iterable[str]], None]
+Needs = Callable[[], Mapping[str, StatisticsKind]]
+"""Which statistics an init needs, by layer name; asked once the targets are settled."""
 
 
 def quantize(
@@ -74,6 +79,7 @@ def quantize(
         model_or_path,
         parse_spec(quantizer),
         calibration=calibration,
+        tokenizer=tokenizer,
         skip=skip,
         device=device,
         progress=progress,
@@ -86,31 +92,41 @@ def quantize_as(
     spec: Spec,
     *,
     calibration: Any = None,
+    tokenizer: Any = None,
     skip: Any = None,
     device: Any = None,
     progress: bool = True,
     on_weight: OnWeight | None = None,
     prepare: Prepare | None = None,
+    needs: Needs | None = None,
     load_options: dict[str, Any] | None = None,
 ) -> nn.Module:
+    """`quantize` with what the other verbs add.
+
+    Args:
+        on_weight: sees each weight while its float and its quantized form are both in hand.
+        prepare: called with the model and its targets before the first weight changes, to refuse.
+        needs: the statistics that `on_weight` wants.
+    """
     if spec.skip:
         skip = _joined(skip, spec.skip)
     quantizers = list(spec.quantizers.values())
     for q in quantizers:
         if q is not None and q.capabilities.needs_calibration and calibration is None:
             raise NeedsCalibration(f"{q!r} needs calibration data: pass calibration=")
-    if calibration is not None and not any(q is not None and q.capabilities.needs_calibration for q in quantizers):
+    wanted = needs is not None or any(q is not None and q.capabilities.needs_calibration for q in quantizers)
+    if calibration is not None and not wanted:
         warn_unused_calibration()
-        calibration = None
+    data = _Data(calibration, tokenizer, needs) if wanted else None
     target = check_device(device)
     if isinstance(model_or_path, nn.Module):
         if load_options:
             raise BadOption(f"{', '.join(load_options)}: these are for loading from a path, and a model was given")
-        model = _quantize_in_memory(model_or_path, spec, skip, target, progress, on_weight, prepare, calibration)
+        model = _quantize_in_memory(model_or_path, spec, skip, target, progress, on_weight, prepare, data)
     elif isinstance(model_or_path, str | os.PathLike):
         target = target or default_device()
         model = _quantize_path(
-            os.fspath(model_or_path), spec, skip, target, progress, on_weight, prepare, load_options or {}
+            os.fspath(model_or_path), spec, skip, target, progress, on_weight, prepare, data, load_options or {}
         )
     else:
         raise BadOption(f"give a torch module, a folder or a hub id, not a {type(model_or_path).__name__}")
@@ -119,10 +135,29 @@ def quantize_as(
     return model
 
 
+@dataclass
+class _Data:
+    """Calibration data as it was given, and what is to be gathered from it."""
+
+    calibration: Any
+    tokenizer: Any
+    needs: Needs | None
+
+    def kinds(self, targets: Mapping[str, Quantizer]) -> dict[str, StatisticsKind]:
+        """What to gather of every target: a layer that nobody asks about is watched at no cost."""
+        asked = self.needs() if self.needs is not None else {}
+        full = {n for n, kind in asked.items() if kind == "full"}
+        full |= {n for n, q in targets.items() if q.capabilities.needs_calibration and q.statistics_kind == "full"}
+        return {n: "full" if n in full else "diagonal" for n in targets}
+
+    def batches(self, model: nn.Module) -> list[Batch]:
+        return batches(self.calibration, self.tokenizer, model=model)
+
+
 def warn_unused_calibration() -> None:
     """Say that data was passed which nothing reads."""
     warnings.warn(
-        "calibration= is not used: neither this quantizer nor an init of this version needs data",
+        "calibration= is not used: neither this quantizer nor this init needs data",
         QftWarning,
         stacklevel=4,
     )
@@ -142,7 +177,7 @@ def _quantize_in_memory(
     progress: bool,
     on_weight: OnWeight | None,
     prepare: Prepare | None,
-    calibration: Any,
+    data: _Data | None,
 ) -> nn.Module:
     record = hf.adopt(model)
     if record is not None:
@@ -160,6 +195,7 @@ def _quantize_in_memory(
     selection = settle(selection, layers, device)
     if prepare is not None:
         prepare(model, selection.targets)
+    read = data.batches(model) if data is not None else []
 
     record = marks.Record(left=selection.left, experts=selection.experts)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -169,31 +205,42 @@ def _quantize_in_memory(
         shapes[name], samples[name] = tuple(weight.shape), marks.sample(weight)
         record.float_bytes += weight.numel() * weight.element_size()
     del layers, layer, weight  # from here on, each float weight goes when its quantized one has come
-    order: dict[Quantizer, list[str]] = defaultdict(list)
-    for name, q in selection.targets.items():
-        order[q].append(name)
-    one_by_one = device is None and all(type(q).quantize is Quantizer.quantize for q in order)
+    one_by_one = (device is None or data is not None) and all(
+        type(q).quantize is Quantizer.quantize for q in set(selection.targets.values())
+    )
+    groups: Iterable[Group] = [Group(list(selection.targets), {})]
+    if data is not None:
+        kinds = data.kinds(selection.targets)
+        groups = collect(model, list(selection.targets), read, kinds, device=device, progress=progress)
     with _all_or_marked(model, record, f"{len(selection.targets)} layers were to be quantized", one_by_one):
-        for q, names in order.items():
-            bar = _bar(progress, f"quantizing to {q.name}")
-            q.quantize(
-                model,
-                names,
-                calibration=calibration,
-                on_weight=on_weight,
-                progress=_moving(model, device, bar),
-            )
-            for name in names:
-                module = model.get_submodule(name)
-                module._qft_quantizer = q
-                for parameter in module.parameters():
-                    parameter.requires_grad_(False)
-                record.quantizers[name] = q
+        for group in groups:
+            for q, names in _by_quantizer(selection.targets, group.names).items():
+                bar = _bar(progress and data is None, f"quantizing to {q.name}")
+                q.quantize(
+                    model,
+                    names,
+                    calibration=group.statistics,
+                    on_weight=on_weight,
+                    progress=_moving(model, device, bar),
+                )
+                for name in names:
+                    module = model.get_submodule(name)
+                    module._qft_quantizer = q
+                    for parameter in module.parameters():
+                        parameter.requires_grad_(False)
+                    record.quantizers[name] = q
         if device is not None:
             model.to(device)
     record.fingerprint = marks.fingerprint(shapes, samples)
     hf.mark(model, record)
     return model
+
+
+def _by_quantizer(targets: Mapping[str, Quantizer], names: Iterable[str]) -> dict[Quantizer, list[str]]:
+    order: dict[Quantizer, list[str]] = defaultdict(list)
+    for name in names:
+        order[targets[name]].append(name)
+    return order
 
 
 def _quantize_path(
@@ -204,11 +251,15 @@ def _quantize_path(
     progress: bool,
     on_weight: OnWeight | None,
     prepare: Prepare | None,
+    data: _Data | None,
     options: dict[str, Any],
 ) -> nn.Module:
     stored = stored_quantization(path, options)
     if stored and on_weight is not None:
         raise NeedsOriginal(f"{path} is quantized already ({stored}), and the init needs the float weights: load those")
+    if data is not None and not stored:  # statistics take a model that runs: it waits in host memory, block by block
+        model = load_quantized(path, None, torch.device("cpu"), progress, **options)
+        return _quantize_in_memory(model, spec, skip, device, progress, on_weight, prepare, data)
     plan = None if stored else Plan(spec.quantizers, skip, on_weight, prepare)
     if plan is not None:
         for q in {q for q in spec.quantizers.values() if q is not None}:

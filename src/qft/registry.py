@@ -196,7 +196,7 @@ def _build(spec: Any) -> Quantizer:
         return entry.load().from_dict({**entry.options, **spec})
     if isinstance(spec, str):
         name, _, text = spec.partition(":")
-        entry, options = _entry(name.strip()), _parse_options(spec, text)
+        entry, options = _entry(name.strip()), parse_options(spec, text)
         if "name" in options:
             raise BadOption(f"there is no option 'name', in {spec!r}: the name stands before the colon")
         return entry.load().from_dict({**entry.options, **options})
@@ -209,7 +209,8 @@ def _build(spec: Any) -> Quantizer:
     )
 
 
-def _parse_options(spec: str, text: str) -> dict[str, Any]:
+def parse_options(spec: str, text: str) -> dict[str, Any]:
+    """The options of `name:key=value,key=value`, given whole as `spec` for messages, and from the colon on as `text`."""
     options: dict[str, Any] = {}
     for part in text.split(",") if text.strip() else ():
         key, equals, value = (p.strip() for p in part.partition("="))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from qft.errors import BadOption
-from qft.inits import AdapterInit
+from qft.inits.base import AdapterInit
+from qft.inits.lowrank import fit, low_rank
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class LoftQ(AdapterInit):
         roundtrip: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         a, b = fit(weight - quantized, rank, scaling)
+        if self.steps == 1:
+            return a, b, None
         best, base = (a, b), None
         best_error = float((weight - quantized - low_rank(b, a, scaling)).norm())
         for _ in range(self.steps - 1):
@@ -57,21 +59,3 @@ class LoftQ(AdapterInit):
             if error < best_error:
                 best, best_error, base = (a, b), error, source
         return *best, base
-
-
-def low_rank(b: Tensor, a: Tensor, scaling: float) -> Tensor:
-    """`scaling * B @ A`."""
-    return (b @ a).mul_(scaling)
-
-
-def fit(error: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) with `scaling * B @ A` the best rank-`rank` fit of `error` in Frobenius norm.
-
-    U, S, V = SVD_r(error); B = U √S / √s, A = √S Vᵀ / √s. A negative scaling goes into B's sign.
-    """
-    if scaling == 0:
-        raise BadOption("lora_alpha is 0: the adapter could never do anything")
-    u, s, vh = torch.linalg.svd(error, full_matrices=False)
-    root = (s[:rank] / abs(scaling)).sqrt()
-    sign = 1.0 if scaling > 0 else -1.0
-    return root[:, None] * vh[:rank], u[:, :rank] * root * sign

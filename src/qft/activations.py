@@ -1,0 +1,428 @@
+"""What goes into each layer while a model reads calibration data: one pass, block by block, for every consumer.
+
+The batches are run in step: each is stopped at the door of every block until all of them have arrived there, so that
+only one block has to be on the device, and the layers of a block may be replaced once all batches are through it.
+Nothing is assumed about how a model calls its blocks: each batch runs the model's own forward, in a thread of its own,
+and only one of the threads runs at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
+
+from qft.calibration import Batch, call
+from qft.errors import BadOption, QftError
+
+StatisticsKind = Literal["diagonal", "full"]
+
+
+@dataclass
+class Statistics:
+    """What one layer read, over all tokens that the attention masks count.
+
+    Attributes:
+        tokens: how many rows x were counted.
+        mean_square: E[x²], float32 (in_features,).
+        mean_abs: E[|x|], float32 (in_features,).
+        second_moment: E[x xᵀ], float32 (in_features, in_features); None for the diagonal kind.
+        input_max, output_max: the largest absolute values that went in and came out.
+        left_out: rows that held NaN or infinity and were not counted.
+    """
+
+    tokens: int
+    mean_square: Tensor
+    mean_abs: Tensor
+    second_moment: Tensor | None = None
+    input_max: float = 0.0
+    output_max: float = 0.0
+    left_out: int = 0
+
+
+class _Accumulator:
+    """The sums behind one layer's `Statistics`, on the device where the layer runs."""
+
+    def __init__(self, kind: StatisticsKind):
+        self.kind = kind
+        self.sums: dict[str, Tensor] = {}
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value.clone()
+
+    def _largest(self, name: str, value: Tensor) -> None:
+        self.sums[name] = torch.maximum(self.sums[name], value) if name in self.sums else value
+
+    def read(self, x: Tensor, mask: Tensor | None) -> None:
+        found = _sums_of(x, mask, self.kind)
+        self._largest("input", found["input"])
+        for name in ("tokens", "left_out", "abs", "square", *(["product"] if self.kind == "full" else [])):
+            self._add(name, found[name])
+
+    def wrote(self, y: Tensor, mask: Tensor | None) -> None:
+        if y.numel():
+            counted = _counted(y, mask)
+            size = y.detach().abs().reshape(-1, y.shape[-1]).amax(-1).float()
+            self._largest("output", (size if counted is None else torch.where(counted, size, 0.0)).amax())
+
+    def result(self) -> Statistics | None:
+        """None where the layer read nothing."""
+        tokens = int(self.sums["tokens"]) if self.sums else 0
+        if not tokens:
+            return None
+        sums = self.sums
+        return Statistics(
+            tokens=tokens,
+            mean_square=sums["square"] / tokens,
+            mean_abs=sums["abs"] / tokens,
+            second_moment=sums["product"].div_(tokens) if self.kind == "full" else None,
+            input_max=float(sums["input"]),
+            output_max=float(sums.get("output", 0.0)),
+            left_out=int(sums["left_out"]),
+        )
+
+
+def _sums_of(x: Tensor, mask: Tensor | None, kind: StatisticsKind) -> dict[str, Tensor]:
+    """What one tensor adds; computed once for layers that read the same one, such as q, k and v."""
+    last, found = getattr(_running, "last", (None, None))
+    if last is x and (kind == "diagonal" or "product" in found):
+        return found
+    counted = _counted(x, mask)
+    rows = x.detach().reshape(-1, x.shape[-1]).float()
+    finite = rows.isfinite().all(-1)
+    keep = finite if counted is None else finite & counted
+    rows = torch.where(keep[:, None], rows, 0.0)
+    size = rows.abs()
+    found = {
+        "tokens": keep.sum(),
+        "left_out": (~finite if counted is None else counted & ~finite).sum(),
+        "abs": size.sum(0),
+        "square": (rows * rows).sum(0),
+        "input": size.amax() if size.numel() else rows.new_zeros(()),
+    }
+    if kind == "full":
+        found["product"] = rows.T @ rows
+    _running.last = (x, found)
+    return found
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Which rows of x, flattened to (rows, features), the attention mask counts; None for all of them."""
+    if mask is None or mask.ndim != 2:
+        return None
+    if x.shape[:-1] == mask.shape or (x.ndim == 2 and x.shape[0] == mask.numel()):
+        return mask.reshape(-1).to(x.device) != 0
+    return None
+
+
+@dataclass
+class Group:
+    """Layers whose statistics are ready, and whose block no batch has to pass any more."""
+
+    names: list[str]
+    statistics: dict[str, Statistics]
+
+
+def collect(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    kinds: StatisticsKind | Mapping[str, StatisticsKind],
+    *,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> Iterator[Group]:
+    """Run `model` over `batches` and give the statistics of the named layers, block by block.
+
+    Between two groups the caller may replace the layers of those that it was given: what goes on into the next block
+    was computed with the old ones.
+
+    Args:
+        names: of the layers to watch; each is in one group, those that no batch came through in the last.
+        batches: what `calibration.batches` returned.
+        kinds: what to gather, for all layers or by name.
+        device: move each block there when its turn comes, and everything outside the blocks at the start. None runs
+            the model where it is. Where nothing was given yet and an error comes, what was moved goes back.
+        progress: show a bar on stderr.
+
+    Raises:
+        BadOption: the model cannot run on these batches.
+    """
+    layers = {name: model.get_submodule(name) for name in names}
+    blocks = _blocks(model, layers.values())
+    owner = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
+    members: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        members.setdefault(owner.get(id(layer), -1), []).append(name)
+    sums = {n: _Accumulator(kinds if isinstance(kinds, str) else kinds[n]) for n in layers}
+    training = {n for n, m in model.named_modules() if m.training}
+    moved = _Moved(model, blocks, device)
+    passes: list[_Pass] = []
+    handles: list[Any] = []
+    given = False
+
+    def group(index: int) -> Group:
+        names = members.pop(index, [])
+        found = {n: sums.pop(n).result() for n in names}
+        return Group(names, {n: s for n, s in found.items() if s is not None})
+
+    bar = _bar(len(batches) * max(1, len(blocks)), progress)
+    try:
+        model.eval()
+        moved.start()
+        for name, layer in layers.items():
+            handles += _watch(layer, sums[name])
+        del layers, layer  # nothing here keeps a layer alive that the caller replaces
+        for index, block in enumerate(blocks):
+            _door(block, index)
+        passes += [_Pass(lambda b=b: _run(model, b, moved.device), b, moved.device) for b in batches]
+        for one in passes:
+            one.go_on()
+        left = set(range(len(blocks)))
+        while left:
+            here = next((one.at for one in passes if one.at in left), None)
+            if here is None:
+                break
+            left.remove(here)
+            moved.bring(blocks[here])
+            for one in passes:
+                while one.at is not None and one.at not in left:
+                    one.go_on()
+                bar()
+            if here in members:
+                given = moved.for_good()
+                yield group(here)
+        for one in passes:
+            while one.at is not None:
+                one.go_on()
+            if not blocks:
+                bar()
+        given = moved.for_good()
+        for index in list(members):
+            yield group(index)
+    except (QftError, GeneratorExit, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        if given:
+            raise
+        line = " ".join(str(error).split())[:200]
+        raise BadOption(f"this {type(model).__name__} cannot run on the calibration data: {line}") from error
+    finally:
+        bar.close()
+        for one in passes:
+            one.abort()
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+        for handle in handles:
+            handle.remove()
+        for name, module in model.named_modules():  # by name: layers may have been replaced
+            module.training = name in training
+        if not given:
+            moved.back()
+
+
+def _bar(total: int, progress: bool) -> Any:
+    class Silent:
+        def __call__(self) -> None: ...
+        def close(self) -> None: ...
+
+    if not progress:
+        return Silent()
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):
+        def __call__(self) -> None:
+            self.update()
+
+    return Bar(total=total, desc="reading calibration data", unit="batch", leave=False)
+
+
+def _blocks(model: nn.Module, layers: Any) -> list[nn.Module]:
+    """The entries of the outermost `ModuleList`s that hold layers: a transformer's blocks."""
+    wanted = {id(layer) for layer in layers}
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList) or id(module) in inside:
+            continue
+        if any(id(m) in wanted for m in module.modules()):
+            inside.update(id(m) for m in module.modules())
+            found += [m for m in module if "forward" not in m.__dict__ and not isinstance(m, nn.ModuleList)]
+    return list({id(m): m for m in found}.values())
+
+
+class _Moved:
+    """What was moved to the device, so that it can go back."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device | None):
+        if device is not None and device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.model, self.blocks, self.device = model, blocks, device
+        self.was: list[tuple[nn.Module, torch.device]] = []
+        self.keep = True
+
+    def start(self) -> None:
+        if self.device is None:
+            return
+        inside = {id(m) for block in self.blocks for m in block.modules()}
+        self._move(m for m in self.model.modules() if id(m) not in inside)
+
+    def for_good(self) -> bool:
+        """From here on nothing goes back."""
+        self.was, self.keep = [], False
+        return True
+
+    def bring(self, block: nn.Module) -> None:
+        if self.device is not None:
+            self._move(block.modules())
+
+    def _move(self, modules: Any) -> None:
+        for module in modules:
+            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if tensors and tensors[0].device != self.device:
+                if self.keep:
+                    self.was.append((module, tensors[0].device))
+                _move_own(module, self.device)
+
+    def back(self) -> None:
+        for module, device in self.was:
+            _move_own(module, device)
+
+
+def _move_own(module: nn.Module, device: torch.device) -> None:
+    """Move a module's own tensors, not those of its children; parameters that modules share stay shared."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = buffer.to(device)
+
+
+_running = threading.local()
+
+
+class _Abort(BaseException):
+    """Ends a batch's forward where its result is no longer wanted."""
+
+
+@dataclass
+class _Pass:
+    """One batch's forward, in a thread that runs only between `go_on` and the next door."""
+
+    run: Callable[[], Any]
+    batch: Batch
+    device: torch.device | None
+    at: int | None = -1
+    error: BaseException | None = None
+    aborted: bool = False
+    _mine: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _theirs: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _thread: threading.Thread | None = None
+
+    def go_on(self) -> None:
+        """Run to the next door, or to the end, where `at` is None."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._body, daemon=True)
+            self._thread.start()
+        self._mine.release()
+        self._theirs.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def _body(self) -> None:
+        self._mine.acquire()
+        try:
+            if self.aborted:
+                return
+            _running.batch = self
+            if self.device is not None and self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            with torch.no_grad():
+                self.run()
+        except _Abort:
+            pass
+        except BaseException as error:
+            self.error = error
+        finally:
+            _running.__dict__.clear()
+            self.at = None
+            self._theirs.release()
+
+    def stop(self, door: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Wait at a block's door, what goes in kept in host memory meanwhile where the device has little room."""
+        devices = tree_map_only(Tensor, lambda t: t.device, (args, kwargs))
+        kept = tree_map_only(Tensor, _parked, (args, kwargs))
+        del args, kwargs
+        self.at = door
+        _running.last = (None, None)  # between blocks nothing of theirs is kept
+        self._theirs.release()
+        self._mine.acquire()
+        if self.aborted:
+            raise _Abort
+        return tree_map(lambda t, d: t.to(self.device or d) if isinstance(t, Tensor) else t, kept, devices)
+
+    def abort(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            return
+        self.aborted = True
+        self._mine.release()
+        self._thread.join()
+
+
+def _parked(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cuda":
+        return tensor
+    free, total = torch.cuda.mem_get_info(tensor.device)
+    cached = torch.cuda.memory_reserved(tensor.device) - torch.cuda.memory_allocated(tensor.device)
+    return tensor if 2 * (free + cached) > total else tensor.to("cpu")
+
+
+def _door(block: nn.Module, index: int) -> None:
+    """Have each batch stop before this block."""
+    inner = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        one = getattr(_running, "batch", None)
+        if one is not None:
+            args, kwargs = one.stop(index, args, kwargs)
+        return inner(*args, **kwargs)
+
+    block.__dict__["forward"] = forward
+
+
+def _watch(layer: nn.Module, sums: _Accumulator) -> list[Any]:
+    def read(module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        if isinstance(x, Tensor):
+            sums.read(x, _mask())
+
+    def wrote(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sums.wrote(output, _mask())
+
+    return [layer.register_forward_pre_hook(read, with_kwargs=True), layer.register_forward_hook(wrote)]
+
+
+def _mask() -> Tensor | None:
+    one = getattr(_running, "batch", None)
+    return one.batch.get("attention_mask") if one is not None else None
+
+
+def _run(model: nn.Module, batch: Batch, device: torch.device | None) -> Any:
+    if device is None:
+        with contextlib.suppress(StopIteration):
+            device = next(model.parameters()).device
+    forward = inspect.signature(type(model).forward).parameters
+    if "logits_to_keep" in forward and "labels" not in batch:  # nobody reads the logits here
+        batch = {**batch, "logits_to_keep": 1}
+    return call(model, batch, device)
