@@ -17,7 +17,7 @@ from qft.errors import BadOption, UnsupportedOperation
 from qft.guard import as_it_was, check_names, refused_by_peft, rehearse
 from qft.inits import InitRun, need_original, resolve_init
 from qft.lora.layer import QftLinear
-from qft.lora.model import check_config, check_saved_modules, fill_targets, targeted
+from qft.lora.model import check_config, check_groups, check_saved_modules, fill_targets, targeted
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
 from qft.quantizer import Quantizer
@@ -77,9 +77,9 @@ def wrap(
         warn_unused_calibration()
     run = None
     if chosen is not None:
+        _check_init(chosen, adapter, record.quantizers.values())
         if original is None:
             raise need_original(chosen)
-        _check_init(chosen, adapter, record.quantizers.values())
         run = InitRun(chosen, adapter, model)
         run.run_over(Originals.of(original, record))
     return _wrap_lora(model, adapter, run, record, forward)
@@ -105,9 +105,14 @@ def check_adapter(model: nn.Module, adapter: LoraConfig) -> None:
     fill_targets(model, adapter)
     check_saved_modules(model, adapter)
     targeted(model, adapter)
+    check_groups(model, adapter)
 
 
 def _check_init(init: Any, adapter: LoraConfig, quantizers: Iterable[Quantizer]) -> None:
+    if adapter.use_qalora:
+        raise UnsupportedOperation(
+            f"{init!r} fits adapters as wide as the weight, and group-pooled ones (use_qalora) are not: leave init out"
+        )
     quantizers = list(quantizers)
     bits = getattr(init, "bits", None)
     have = {q.capabilities.bits for q in quantizers}
