@@ -41,7 +41,7 @@ def test_kit_on_cpu(spec):
     if _missing(spec):
         pytest.skip(_missing(spec))
     report = check_quantizer(qft.get_quantizer(spec))
-    assert len(report.passed) + len(report.ruled_out) == 14
+    assert len(report.passed) + len(report.ruled_out) == 15
     exact = qft.capabilities(spec).exact_forward
     assert report.ruled_out == ([] if exact else ["forward_matches"])
 
@@ -50,7 +50,7 @@ def test_kit_on_cpu(spec):
 @pytest.mark.parametrize("spec", SPECS)
 def test_kit_on_cuda(spec):
     report = check_quantizer(qft.get_quantizer(spec), device="cuda")
-    assert len(report.passed) + len(report.ruled_out) == 14
+    assert len(report.passed) + len(report.ruled_out) == 15
 
 
 def test_every_registered_quantizer_is_in_the_list():
@@ -123,6 +123,46 @@ def test_kit_finds_a_restore_that_is_not_exact():
 
     with pytest.raises(ConformanceError, match="restore_is_bit_exact"):
         check_quantizer(_broken(snapshot=snapshot))
+
+
+def _broken_shift(**methods):
+    reference = qft.get_quantizer("reference:format=int,group_size=8,bits=8")
+    return dataclasses.dataclass(frozen=True)(type("Broken", (type(reference),), methods))(**vars(reference))
+
+
+def _shift(dtype=None, factor=1.0):
+    """A zero point that takes the shift in, kept in `dtype` instead of float32, and off by a factor."""
+
+    def shift(self, weight, delta):
+        module = weight.module
+        zero = module.zero_point.float() - factor * delta / module.scale.float()
+        module.zero_point.data = zero.to(dtype or module.zero_point.dtype)
+
+    return shift
+
+
+@pytest.mark.parametrize(
+    ("methods", "says"),
+    [
+        ({"shift": _shift()}, "a shift of whole groups is"),
+        ({"shift": _shift(torch.bfloat16)}, "a shift of whole groups is"),
+        ({"shift": _shift(torch.float32, 1.001)}, "a shift of whole groups is"),
+        ({"shift": qft.TensorQuantizer.shift}, "cannot shift"),
+        ({"group_size_of": lambda self, weight: 5}, "groups of 5 in a row"),
+        ({"load_state": qft.Quantizer.load_state}, "load_state does not bring a shifted weight back"),
+    ],
+)
+def test_kit_finds_a_shift_that_is_not_exact(methods, says):
+    check_quantizer(_broken_shift(shift=_shift(torch.float32)))
+    with pytest.raises(ConformanceError, match=f"shift_is_honest.*{says}"):
+        check_quantizer(_broken_shift(**methods))
+
+
+def test_kit_finds_a_shift_that_is_not_promised():
+    with pytest.raises(ConformanceError, match="shift works, and its capability says that it does not"):
+        check_quantizer(_broken(shift=lambda self, weight, delta: None))
+    with pytest.raises(ConformanceError, match="float_zero_points is not claimed"):
+        check_quantizer(_broken(group_size_of=lambda self, weight: 8))
 
 
 def test_kit_finds_wrong_bytes():

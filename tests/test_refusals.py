@@ -406,7 +406,6 @@ def test_methods_that_are_right_over_bitsandbytes_alone(config):
         ("velora_config", VeloraConfig()),
         ("monteclora_config", MontecloraConfig()),
         ("kasa_config", KasaConfig()),
-        ("use_qalora", True),
         ("layer_replication", [(0, 2), (1, 2)]),
         ("megatron_config", {"tensor_model_parallel_size": 1}),
     ],

@@ -13,6 +13,7 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from qft import marks
 from qft.errors import BadFolder, BadOption, NoTargets, QftError
 
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, re.error)
@@ -92,6 +93,8 @@ def _wrapped_skeleton(model: nn.Module, adapter: PeftConfig) -> nn.Module | None
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     try:
         skeleton = copy.deepcopy(model, memo)
+        if getattr(adapter, "use_qalora", False):  # PEFT's layers over floats ignore it: have ours built
+            skeleton.__dict__["_qft"] = marks.Record()
     except Exception:  # a model that cannot be copied: wrapping it will tell
         return None
     with warnings.catch_warnings():

@@ -31,8 +31,9 @@ class QftConfig(QuantizationConfigMixin):
 
     Args:
         quantizers: quantizer by layer name, as objects or as `Quantizer.to_dict()` makes them.
-        templates: shapes and dtypes of the packed tensors, by quantizer index and weight shape.
-        layers: layer name → [quantizer index, out_features, in_features, kind, dtype].
+        templates: shapes and dtypes of the packed tensors, by quantizer index, weight shape and dtype.
+        layers: layer name → [quantizer index, out_features, in_features, kind, dtype]; and the key of its template
+            where its packed tensors differ from those of other such layers, as after an exact merge.
     """
 
     def __init__(self, quantizers: Any = (), templates: Any = None, layers: Any = None, **kwargs: Any):
@@ -89,7 +90,18 @@ class QftHfQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters of transformers' add_adapter are what is saved
             return None, {}
         _keep_codes_apart(model)
+        self._describe_anew(model)
         return bare_state_dict(model), {}  # whatever state dict save_pretrained was given, it takes this one
+
+    def _describe_anew(self, model: nn.Module) -> None:
+        """A merge may have changed the dtypes of packed tensors since the model was marked."""
+        record = marks.record_of(model)
+        if record is None or not isinstance(self.quantization_config, QftConfig):
+            return
+        now = describe_packed(model, record)
+        for config in (self.quantization_config, getattr(model.config, "quantization_config", None)):
+            if isinstance(config, QftConfig):
+                config.quantizers, config.templates, config.layers = now.quantizers, now.templates, now.layers
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return self.plan is not None and self.plan.wants(param_name)
@@ -140,8 +152,8 @@ class _QuantizeOnLoad(ConversionOps):
 def _build_packed_layers(model: nn.Module, config: QftConfig) -> None:
     try:
         quantizers = [get_quantizer(q) for q in config.quantizers]
-        for name, (index, out_features, in_features, kind, dtype) in config.layers.items():
-            template = config.templates[f"{index}:{out_features}x{in_features}:{dtype}"]
+        for name, (index, out_features, in_features, kind, dtype, *own) in config.layers.items():
+            template = config.templates[own[0] if own else f"{index}:{out_features}x{in_features}:{dtype}"]
             packed = {
                 key: torch.empty(shape, dtype=getattr(torch, dt), device="meta")
                 for key, (shape, dt) in template.items()
@@ -168,7 +180,8 @@ def _freeze_biases(model: nn.Module) -> None:
 def describe_packed(model: nn.Module, record: marks.Record) -> QftConfig:
     """The config of a model whose quantized layers are all `PackedLinear`."""
     quantizers: list[Quantizer] = []
-    templates, layers = {}, {}
+    templates: dict[str, Any] = {}
+    layers: dict[str, list[Any]] = {}
     for name, module in bare_layers(model):
         if not isinstance(module, PackedLinear):
             continue
@@ -177,9 +190,12 @@ def describe_packed(model: nn.Module, record: marks.Record) -> QftConfig:
         index = quantizers.index(module.quantizer)
         dtype = str(module.dtype).removeprefix("torch.")
         layers[name] = [index, module.out_features, module.in_features, module.kind, dtype]
-        templates[f"{index}:{module.out_features}x{module.in_features}:{dtype}"] = {
-            key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in module.packed.items()
-        }
+        template = {k: [list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in module.packed.items()}
+        key = common = f"{index}:{module.out_features}x{module.in_features}:{dtype}"
+        while templates.setdefault(key, template) != template:
+            key += "+"
+        if key != common:
+            layers[name].append(key)
     return QftConfig(quantizers, templates, layers)
 
 

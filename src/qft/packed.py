@@ -163,6 +163,12 @@ class TensorQuantizer(Quantizer):
         for name, tensor in saved.items():
             getattr(weight.module, name).data = tensor.to(getattr(weight.module, name).device, copy=True)
 
+    def load_state(self, weight: QuantizedWeight, state: Mapping[str, Tensor]) -> None:
+        # as restore does: a constant that a shift widened keeps its dtype, which load_state_dict would cast
+        names = weight.module.packed_names
+        self.restore(weight, {n: t for n, t in state.items() if n in names})
+        super().load_state(weight, {n: t for n, t in state.items() if n not in names})
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         packed = self.pack(torch.zeros(shape, dtype=torch.bfloat16))
         return sum(t.numel() * t.element_size() for t in packed.values())

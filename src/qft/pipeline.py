@@ -20,7 +20,7 @@ from qft.errors import BadOption, NeedsCalibration, QftWarning, UnsupportedOpera
 from qft.guard import as_it_was, check_names, refused_by_peft, rehearse
 from qft.inits import AdapterInit, InitRun, need_original, resolve_init, settle_auto
 from qft.lora.layer import QftLinear
-from qft.lora.model import check_config, check_saved_modules, fill_targets, targeted
+from qft.lora.model import check_config, check_groups, check_saved_modules, fill_targets, targeted
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
 from qft.quantizer import Quantizer
@@ -83,9 +83,9 @@ def wrap(
         warn_unused_calibration()
     run = None
     if chosen is not None:
+        _check_init(chosen, adapter, record.quantizers.values(), calibration)
         if original is None:
             raise need_original(chosen)
-        _check_init(chosen, adapter, record.quantizers.values(), calibration)
         run = InitRun(chosen, adapter, model)
         originals, groups = Originals.of(original, record), None
         if chosen.needs is not None:
@@ -116,6 +116,7 @@ def check_adapter(model: nn.Module, adapter: LoraConfig) -> None:
     fill_targets(model, adapter)
     check_saved_modules(model, adapter)
     targeted(model, adapter)
+    check_groups(model, adapter)
 
 
 def _settle_auto(chosen: AdapterInit | None, calibration: Any, floats: bool) -> AdapterInit | None:
@@ -128,6 +129,10 @@ def _settle_auto(chosen: AdapterInit | None, calibration: Any, floats: bool) -> 
 
 
 def _check_init(init: Any, adapter: LoraConfig, quantizers: Iterable[Quantizer], calibration: Any) -> None:
+    if adapter.use_qalora:
+        raise UnsupportedOperation(
+            f"{init!r} fits adapters as wide as the weight, and group-pooled ones (use_qalora) are not: leave init out"
+        )
     quantizers = list(quantizers)
     if init.needs is not None and calibration is None:
         raise NeedsCalibration(

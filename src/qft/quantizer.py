@@ -186,6 +186,26 @@ class Quantizer(ABC):
         """Put a snapshot back, to the bit."""
         raise UnsupportedOperation(f"{self.name} cannot restore snapshots (capability requantize)")
 
+    def group_size_of(self, weight: QuantizedWeight) -> int | None:
+        """Consecutive weights of a row that share their constants; None where `shift` is not supported."""
+        return None
+
+    def shift(self, weight: QuantizedWeight, delta: Tensor) -> None:
+        """Add to each group of the weight a number of its own, exact to float32 rounding.
+
+        A float zero point takes it in: no code changes, and nothing is rounded to the grid again (QA-LoRA, arXiv
+        2309.14717, section 3.3). `snapshot` and `restore` bring the old constants back, in their old dtypes.
+
+        Args:
+            weight: of a quantizer whose `capabilities` say `float_zero_points`.
+            delta: float32 (out_features, in_features / group_size_of(weight)), in the weight's own units.
+
+        Raises:
+            UnsupportedOperation: no float zero points.
+            BadShape: `delta` is not one number a group.
+        """
+        raise UnsupportedOperation(f"{self.name} cannot shift whole groups of a weight (capability float_zero_points)")
+
     def load_state(self, weight: QuantizedWeight, state: Mapping[str, Tensor]) -> None:
         """Take over the codes and constants that a layer's `state_dict` held, given by their names on the layer."""
         weight.module.load_state_dict(state, strict=False)

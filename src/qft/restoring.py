@@ -197,7 +197,7 @@ def restore_base(model: nn.Module, folder: Path, record: marks.Record) -> None:
     tensors = _read_base(folder, record.quantizers, lambda file, key: file.get_tensor(key))
     layers = {n: m for n, m in bare_layers(marks.base_model(model)) if quantizer_of(m) is not None and n in tensors}
     for name, state in tensors.items():  # all of it before the first layer changes
-        _check_state(folder, name, state, layers[name].state_dict())
+        _check_state(folder, name, state, layers[name].state_dict(), record.quantizers[name])
     for name, state in tensors.items():
         quantizer = record.quantizers[name]
         quantizer.load_state(quantizer.weights(layers[name])[0], state)
@@ -220,7 +220,7 @@ def check_stored_base(folder: Path, base: nn.Module, quantizers: Mapping[str, Qu
         if kind not in expected:
             twin = with_weight(old, torch.zeros_like(old.weight))
             expected[kind] = quantizer.on_device(old.weight.device).quantize_layer(twin).state_dict()
-        _check_state(folder, name, stored[name], expected[kind])
+        _check_state(folder, name, stored[name], expected[kind], quantizer)
 
 
 def _read_base(folder: Path, names: Iterable[str], read: Callable[[Any, str], torch.Tensor]) -> dict[str, dict]:
@@ -245,14 +245,21 @@ def _header(file: Any, key: str) -> torch.Tensor:
     return torch.empty(shape, dtype=(view[:0] if shape else file.get_tensor(key)).dtype, device="meta")
 
 
-def _check_state(folder: Path, name: str, stored: Mapping[str, Any], here: Mapping[str, torch.Tensor]) -> None:
+def _check_state(
+    folder: Path, name: str, stored: Mapping[str, Any], here: Mapping[str, torch.Tensor], quantizer: Quantizer
+) -> None:
+    shifts = quantizer.capabilities.float_zero_points  # then a constant may have become float32
     for key, tensor in here.items():
         if key == "bias":
             continue
         found = stored.get(key)
         # bitsandbytes keeps its options as JSON in a tensor of bytes, whose length may differ
         same = "quant_state." in key or (
-            found is not None and (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
+            found is not None
+            and found.shape == tensor.shape
+            and (
+                found.dtype == tensor.dtype or (shifts and found.dtype == torch.float32 and tensor.is_floating_point())
+            )
         )
         if found is None or not same:
             raise BadFolder(f"{folder} holds no fitting {name}.{key}: it is the base of another model, or incomplete")

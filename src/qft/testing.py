@@ -61,6 +61,9 @@ def check_quantizer(
 ) -> Conformance:
     """Check that a quantizer keeps the interface, and that no capability flag lies.
 
+    One that claims `float_zero_points` must shift whole groups of a weight exactly, and restore it to the bit; one that
+    does not must refuse to.
+
     Args:
         quantizer: any `Quantizer` object.
         device: where to quantize and run.
@@ -108,6 +111,7 @@ class _Run:
             self.forward_matches,
             self.requantize_is_honest,
             self.restore_is_bit_exact,
+            self.shift_is_honest,
             self.recognised,
             self.copies_and_casts_keep_the_weight,
             self.nbytes_is_true,
@@ -239,6 +243,46 @@ class _Run:
             assert not changed and before.keys() == after.keys(), f"{changed} differ after restore"
             assert torch.equal(q.dequantize(q.weights(new)[0], dtype=torch.float32), value), "Ŵ differs after restore"
         return None
+
+    def shift_is_honest(self) -> None:
+        for layer, new, handle, q in self.layers():
+            size = q.group_size_of(handle)
+            if not q.capabilities.float_zero_points:
+                assert size is None, "group_size_of() gives a size, and float_zero_points is not claimed"
+                try:
+                    q.shift(handle, torch.zeros(handle.shape[0], 1, device=self.device))
+                except UnsupportedOperation:
+                    return
+                raise AssertionError("shift works, and its capability says that it does not")
+            rows, columns = handle.shape
+            assert type(size) is int and columns % size == 0, f"groups of {size} in a row of {columns}"
+            before = {k: v.clone() for k, v in new.state_dict().items()}
+            value = q.dequantize(handle, dtype=torch.float32)
+            generator = torch.Generator().manual_seed(5)
+            delta = (torch.randn(rows, columns // size, generator=generator) * 0.02).to(self.device)
+            wanted = value.double() + delta.double().repeat_interleave(size, dim=1)
+            saved = q.snapshot(handle)
+            q.shift(handle, delta)
+            again = q.weights(new)[0]
+            shifted = q.dequantize(again, dtype=torch.float32)
+            error = _relative(shifted, wanted)
+            assert error <= 1e-6, f"float_zero_points is claimed, and a shift of whole groups is {error:.1e} off"
+            assert again.dtype == handle.dtype == layer.weight.dtype, "shift changed the dtype"
+            twin = copy.deepcopy(new).to(torch.float16).to(torch.bfloat16)
+            assert torch.equal(q.dequantize(q.weights(twin)[0], dtype=torch.float32), shifted), (
+                "a cast undoes the shift"
+            )
+            state = {k: v.clone() for k, v in new.state_dict().items()}
+            q.restore(again, saved)
+            after = new.state_dict()
+            changed = [k for k in before if not _same_bits(before[k], after[k])]
+            assert not changed and before.keys() == after.keys(), f"{changed} differ after restore from a shift"
+            q.load_state(q.weights(new)[0], state)
+            back = q.dequantize(q.weights(new)[0], dtype=torch.float32)
+            assert torch.equal(back, shifted), "load_state does not bring a shifted weight back"
+            q.requantize(q.weights(new)[0], layer.weight.float())
+            changed = [k for k, v in new.state_dict().items() if v.dtype != before[k].dtype]
+            assert not changed, f"{changed} keep the dtype of a shift after requantize"
 
     def recognised(self) -> None:
         for _, new, _, q in self.layers():

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qft.bits import pack_bits, pack_constants, unpack_bits, unpack_constants
-from qft.errors import BadOption, BadShape
+from qft.errors import BadOption, BadShape, UnsupportedOperation
 from qft.packed import TensorQuantizer
-from qft.quantizer import Capabilities
+from qft.quantizer import Capabilities, QuantizedWeight
 
 GROUP_SIZES = (128, 64, 32)
 """Tried in this order where an affine group size is left open."""
@@ -73,6 +73,7 @@ class Reference(TensorQuantizer):
 
     Packed tensors: `qweight` uint8; `absmax` float32 (blocks,) for the codebooks; `scale` and `zero_point`
     (out_features, in_features / group_size) in the weight's dtype for integers, scales of float16 weights in bfloat16.
+    A zero point that was shifted is float32.
     """
 
     name: ClassVar[str] = "reference"
@@ -133,6 +134,25 @@ class Reference(TensorQuantizer):
         unpack = self._unpack_int if self.format == "int" else self._unpack_codebook
         value = unpack(packed, shape)
         return value.to(dtype) if out is None else out.copy_(value)
+
+    def group_size_of(self, weight: QuantizedWeight) -> int | None:
+        own = weight.module.quantizer
+        return weight.shape[-1] // weight.module.scale.shape[-1] if own.capabilities.float_zero_points else None
+
+    def shift(self, weight: QuantizedWeight, delta: Tensor) -> None:
+        module = weight.module
+        if not module.quantizer.capabilities.float_zero_points:
+            raise UnsupportedOperation(
+                f"{module.quantizer!r} has no float zero points (capability float_zero_points); format='int' without "
+                "symmetric and double_quant has"
+            )
+        if delta.shape != module.zero_point.shape:
+            raise BadShape(
+                f"delta is {tuple(delta.shape)}, and this weight has one group for each of {tuple(module.scale.shape)}"
+            )
+        # (code - zero_point) * scale + delta; float32 from now on, since 16 bits would round the sum
+        delta = delta.to(module.scale.device, torch.float32)
+        self.restore(weight, {"zero_point": module.zero_point.float() - delta / module.scale.float()})
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         n = prod(shape)

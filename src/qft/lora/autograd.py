@@ -3,8 +3,9 @@
     y = x Ŵᵀ + bias + Σᵢ sᵢ (xᵢ Aᵢᵀ Bᵢᵀ + bᵢ)
 
 `x` is (..., in_features), Ŵ (out_features, in_features), Aᵢ (rank, in_features), Bᵢ (out_features, rank), and xᵢ is
-`x` after adapter i's dropout. Nothing of size Ŵ is kept for the backward pass: Ŵ is dequantized again there. The
-adapters' masters may be float32: they are cast to the compute dtype inside, and their gradients come back in theirs.
+`x` after adapter i's dropout; where that adapter pools its input, xᵢ and Aᵢ have as many features as there are groups.
+Nothing of size Ŵ is kept for the backward pass: Ŵ is dequantized again there. The adapters' masters may be float32: they
+are cast to the compute dtype inside, and their gradients come back in theirs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Update(NamedTuple):
-    """One adapter's share: `dropped` is the input after dropout, or None where that is the input itself."""
+    """One adapter's share: `dropped` is the input after dropout and pooling, or None where that is the input itself."""
 
     A: Tensor
     B: Tensor
@@ -105,7 +106,7 @@ def lora_linear(
     for u in updates:
         tensors += [u.A, u.B]
         if u.dropped is not None:
-            tensors.append(u.dropped.reshape(-1, x.shape[-1]))
+            tensors.append(u.dropped.reshape(-1, u.dropped.shape[-1]))
         if u.bias is not None:
             tensors.append(u.bias)
     with torch.autocast(device, enabled=False):

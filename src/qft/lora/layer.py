@@ -42,7 +42,13 @@ class WeightMerge:
 
 
 class QftLinear(Linear):
-    """LoRA over one weight of any `Quantizer`; see `peft.tuners.lora.layer.Linear` for the parameters."""
+    """LoRA over one weight of any `Quantizer`; see `peft.tuners.lora.layer.Linear` for the parameters.
+
+    A group-pooled adapter (`use_qalora`; QA-LoRA, arXiv 2309.14717) sees the mean of each group of G inputs, times
+    in_features / G as in PEFT; its A is (r, in_features / G), and its update is one constant a row and group.
+    """
+
+    other_param_names = (*Linear.other_param_names, "qalora_group_size")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
         nn.Module.__init__(self)
@@ -54,6 +60,7 @@ class QftLinear(Linear):
         self.last_merge: WeightMerge | None = None
         # adapter → (A, B) that its init put there, float32 on the host; None where that is not known; absent for B = 0
         self.starts: dict[str, tuple[Tensor, Tensor] | None] = {}
+        self.qalora_group_size: dict[str, int] = {}  # of the group-pooled adapters
         # Conv1D's weight is kept as (out, in) here, whatever the config says of the float layer
         if config.fan_in_fan_out:
             config = copy.copy(config)
@@ -101,8 +108,16 @@ class QftLinear(Linear):
             config = copy.copy(config)
             config.fan_in_fan_out = False
         self.starts.pop(adapter_name, None)
-        with self._float_base():
-            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self.qalora_group_size.pop(adapter_name, None)
+        in_features = self.in_features
+        if config.use_qalora:
+            self.qalora_group_size[adapter_name] = config.qalora_group_size
+            self.in_features = in_features // config.qalora_group_size  # what PEFT makes and initialises A for
+        try:
+            with self._float_base():
+                super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        finally:
+            self.in_features = in_features
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -148,13 +163,25 @@ class QftLinear(Linear):
         dropout = self.lora_dropout[name]
         active = not isinstance(dropout, nn.Identity) and self.training
         dropped = dropout(x) if active else None
+        if name in self.qalora_group_size:
+            dropped = self._pooled(name, x if dropped is None else dropped)
         lora_b = self.lora_B[name]
         return Update(self.lora_A[name].weight, lora_b.weight, float(self.scaling[name]), dropped, lora_b.bias)
+
+    def _pooled(self, name: str, x: Tensor) -> Tensor:
+        """(..., in_features) → (..., in_features / G) as PEFT's QALoRALinearVariant, or `x` where nothing is pooled."""
+        size = self.qalora_group_size.get(name)
+        return x if size is None else x.unflatten(-1, (-1, size)).mean(-1) * (x.shape[-1] // size)
+
+    def _expanded(self, name: str, delta: Tensor) -> Tensor:
+        """B @ A in the shape of the weight: each column of a group-pooled one stands for the G inputs of its group."""
+        size = self.qalora_group_size.get(name)
+        return delta if size is None else delta.repeat_interleave(size, dim=1).mul_(delta.shape[1] / size)
 
     def _plain(self, name: str, x: Tensor) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
         x = self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype))
-        return b(a(x)) * self.scaling[name]
+        return b(a(self._pooled(name, x))) * self.scaling[name]
 
     def _variant(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         with self._float_base():
@@ -188,7 +215,7 @@ class QftLinear(Linear):
         value = weight.clone()
         for name in adapter_names:
             a, b = self.lora_A[name].weight.to(weight), self.lora_B[name].weight.to(weight)
-            delta = (b @ a).mul_(self.scaling[name])
+            delta = self._expanded(name, b @ a).mul_(self.scaling[name])
             if name in self.lora_variant:  # DoRA, arXiv 2402.09353, equation 5
                 magnitude = self.lora_magnitude_vector[name].weight.to(weight)
                 norm = torch.linalg.norm(weight + delta, dim=1)
@@ -236,7 +263,8 @@ class QftLinear(Linear):
         """Merge adapters into the base weight, quantized as it is; `last_merge` says what survived.
 
         Adapters that are merged already are taken out and merged again with the new ones, from the unmerged weight,
-        so that the weight is rounded once.
+        so that the weight is rounded once. Group-pooled adapters whose groups are whole groups of the quantizer are
+        merged into its float zero points, exact to float32 rounding, where its capabilities say `exact_merge`.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
         if not names:
@@ -260,7 +288,11 @@ class QftLinear(Linear):
         bias = self.merged_bias(names)
         old_bias = self.base_layer.bias
         self._saved = (self.quantizer.snapshot(handle), None if old_bias is None else old_bias.detach().clone())
-        self.quantizer.requantize(handle, wanted)
+        shift = self._group_shift(names, handle)
+        if shift is None:
+            self.quantizer.requantize(handle, wanted)
+        else:
+            self.quantizer.shift(handle, shift)
         if bias is not old_bias:
             old_bias.data = bias
         self.merged_adapters[:] = names
@@ -270,6 +302,18 @@ class QftLinear(Linear):
                 f"merging {', '.join(names)} goes beyond what {self.quantizer!r} can store: nothing was merged"
             )
         self.last_merge = compare_merge(before, wanted, after)
+
+    def _group_shift(self, names: list[str], handle: QuantizedWeight) -> Tensor | None:
+        """What these adapters add to each of the quantizer's groups, (out_features, groups) in float32; None where
+        that is not one number a group."""
+        size = self.quantizer.group_size_of(handle) if self.quantizer.capabilities.exact_merge else None
+        pools = [self.qalora_group_size.get(n) for n in names]
+        if size is None or any(pool is None or pool % size for pool in pools):
+            return None
+        return torch.stack([
+            self._expanded(n, self.lora_B[n].weight.float() @ self.lora_A[n].weight.float())[:, ::size]
+            * self.scaling[n] for n in names
+        ]).sum(0)  # fmt: skip
 
     def unmerge(self) -> None:
         """Put the base weight back, to the bit."""
@@ -286,9 +330,9 @@ class QftLinear(Linear):
         self._saved = None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """`scaling * B @ A`, (out_features, in_features), in the adapter's dtype."""
+        """`scaling * B @ A`, (out_features, in_features), in the adapter's dtype; group-pooled ones expanded."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return ((b.float() @ a.float()) * self.scaling[adapter]).to(b.dtype)
+        return (self._expanded(adapter, b.float() @ a.float()) * self.scaling[adapter]).to(b.dtype)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.layer import Embedding
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from qft.backends.unquantized import is_float_linear
@@ -35,7 +35,6 @@ _REFUSED = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA, which rewrites the base weights",
-    "use_qalora": "QALoRA",
     "layer_replication": "layer replication",
     "megatron_config": "Megatron layers",
 }
@@ -72,6 +71,7 @@ class QftLoraModel(LoraModel):
             check_config(config)
             if config.target_modules == "all-linear":
                 config.target_modules = set(linear_targets(model, _quantized))
+            check_groups(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if record is not None:
             DequantizedForward.take_off(model)
@@ -134,6 +134,17 @@ class QftLoraModel(LoraModel):
             warn_of_loss(merges)
         return model
 
+    def _check_add_weighted_adapter(self, adapters, combination_type, svd_rank):
+        combination_type, rank, targets = super()._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        configs = [self.peft_config[name] for name in adapters]
+        sizes = {c.qalora_group_size if c.use_qalora else None for c in configs}
+        if len(sizes) > 1 or (sizes != {None} and combination_type.endswith("svd")):
+            raise UnsupportedOperation(
+                f"{', '.join(adapters)} cannot be combined by {combination_type!r}: group-pooled adapters (use_qalora) of "
+                "one qalora_group_size combine by 'cat' or 'linear', and with no others"
+            )
+        return combination_type, rank, targets
+
     def _check_all(self, adapter_names: list[str] | None) -> None:
         """Raise before the first weight changes."""
         for module in self.model.modules():
@@ -158,7 +169,9 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def warn_of_loss(merges: list[WeightMerge]) -> None:
-    """Say what share of the update survived a merge into quantized weights."""
+    """Say what share of the update survived a merge into quantized weights, where that rounded anything."""
+    if all(m.relative_error < 1e-6 for m in merges):  # float32 rounding alone: float zero points took the update in
+        return
     share = sum(m.survived for m in merges) / len(merges)
     warnings.warn(
         f"merged into the quantized weights: {share:.0%} of the update survived the rounding on average over "
@@ -176,15 +189,17 @@ def check_config(config: LoraConfig) -> None:
     """Refuse, before anything is wrapped, what would be wrong over quantized weights.
 
     Raises:
-        UnsupportedOperation: a LoRA variant that reads or rewrites float base weights.
+        UnsupportedOperation: a LoRA variant that reads or rewrites float base weights, or does not go with QA-LoRA.
         BadOption: an initialisation that only `qft.wrap(..., init=)` can do.
         BadShape: a rank below one.
     """
     for field, label in _REFUSED.items():
         if getattr(config, field, None):
             raise UnsupportedOperation(
-                f"{label} ({field}) is not supported over quantized weights; plain LoRA, rsLoRA and DoRA are"
+                f"{label} ({field}) is not supported over quantized weights; plain LoRA, QA-LoRA, rsLoRA and DoRA are"
             )
+    if config.use_qalora:
+        _check_pooling(config)
     if config.init_lora_weights not in KEPT_INITS:
         raise BadOption(
             f"init_lora_weights={config.init_lora_weights!r} rewrites the float base weights, which PEFT cannot do over "
@@ -194,6 +209,55 @@ def check_config(config: LoraConfig) -> None:
     for rank in ranks:
         if type(rank) is not int or rank < 1:
             raise BadShape(f"the rank is a positive integer, not {rank!r}")
+
+
+def _check_pooling(config: LoraConfig) -> None:
+    size = config.qalora_group_size
+    if type(size) is not int or size < 1:
+        raise BadOption(f"qalora_group_size={size!r}; it is a positive number of input features")
+    for there, label in (
+        (config.use_dora, "use_dora"),
+        (config.target_parameters, "target_parameters"),
+        (config.init_lora_weights == "eva", "init_lora_weights='eva', whose A is as wide as the layer"),
+    ):
+        if there:
+            raise UnsupportedOperation(f"group-pooled adapters (use_qalora) do not go together with {label}")
+
+
+def check_groups(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse, before anything is wrapped, group-pooled adapters on layers that they do not fit.
+
+    Raises:
+        BadShape: the groups do not divide a layer's in_features.
+        UnsupportedOperation: a target that is no linear layer.
+    """
+    if not config.use_qalora:
+        return
+    config = copy.copy(config)
+    fill_targets(model, config)
+    if config.target_modules == "all-linear":
+        config.target_modules = set(linear_targets(model, _quantized))
+    size, inside = config.qalora_group_size, ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):  # the adapted layer is the target, not what it is made of
+            inside += (name + ".",)
+            module = module.get_base_layer()
+        hit = check_target_module_exists(config, name)
+        if not hit or type(hit).__name__ == "_ExcludedModule":
+            continue
+        if not _quantized(module) and not is_float_linear(module):
+            raise UnsupportedOperation(
+                f"group-pooled adapters (use_qalora) are for linear layers, and target_modules takes in {name}, a "
+                f"{type(module).__name__}"
+            )
+        in_features = _shape(module)[1]
+        if in_features % size:
+            raise BadShape(
+                f"qalora_group_size={size} does not divide the in_features of {name}, {in_features}: take a number that "
+                "divides every target's, the quantizer's group_size or a multiple of it where the merge is to be exact"
+            )
 
 
 def fill_targets(model: nn.Module, config: LoraConfig) -> None:
@@ -243,7 +307,6 @@ def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
         NoTargets: it matches none.
         BadShape: a rank larger than a layer.
     """
-    from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
 
     if config.target_modules == "all-linear":
