@@ -27,6 +27,7 @@ class Record:
         fingerprint: layer name → (shape, sample of the float weight), see `sample`.
         float_bytes: bytes of the target weights before.
         base_changed: the quantized base is not q(W), so that `save` must store it (iterated LoftQ, a merge).
+        merged: adapters are merged into the base for good, so that it is no longer the quantized original.
         forward: "dequantize" or "native".
         init: what the adapters started from, for the record.
         partly: why the model is a mixture, after an interrupted run.
@@ -38,6 +39,7 @@ class Record:
     fingerprint: dict[str, tuple[tuple[int, ...], list[float]]] = field(default_factory=dict)
     float_bytes: int = 0
     base_changed: bool = False
+    merged: bool = False
     forward: str = "dequantize"
     init: str | None = None
     partly: str | None = None

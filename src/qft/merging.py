@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,16 +9,22 @@ from typing import Any
 import torch
 from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from qft import hf, marks
-from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
-from qft.hf import unmark
-from qft.lora.layer import QftLinear, WeightMerge, compare_merge
-from qft.lora.model import QftLoraModel, all_or_nothing
-from qft.quantizer import QuantizedWeight, Quantizer, as_float_dtype
+from qft.drift import Drift, Probe
+from qft.errors import BadOption, UnsupportedOperation
+from qft.floatcopy import FloatCopy
+from qft.lora.layer import QftLinear
+from qft.lora.merges import WeightMerge
+from qft.lora.model import ExactEmbedding, QftLoraModel, all_or_nothing
+from qft.originals import Originals
+from qft.quantizer import as_float_dtype
 from qft.registry import quantizer_of
+from qft.sources import learnt_over
+
+Plan = list[tuple[str, QftLinear, list[str]]]
+"""Layers by name, with the adapters to merge."""
 
 
 @dataclass
@@ -27,12 +32,17 @@ class MergeReport:
     """What a merge did, weight by weight; `str()` is a table.
 
     Attributes:
-        route: "quantized" or "float".
+        route: "quantized" or "float": what was merged into.
         weights: layer name → `WeightMerge`.
+        source: "dequantized" (Ŵ + Δ) or "original" (W + Δ − Δ0): what was merged.
+        routes: source → `Drift` from the tuned model before the merge to the merged one, with `data=`. A merge into
+            the quantized base with `original=` and `data=` measures both sources.
     """
 
     route: str
     weights: dict[str, WeightMerge] = field(default_factory=dict)
+    source: str = "dequantized"
+    routes: dict[str, Drift] = field(default_factory=dict)
 
     @property
     def survived(self) -> float:
@@ -41,26 +51,70 @@ class MergeReport:
 
     @property
     def relative_error(self) -> float:
-        """The mean of ‖Ŵ′ − (Ŵ + Δ)‖ / ‖Ŵ + Δ‖."""
+        """The mean of ‖Ŵ′ − (Ŵ + Δ)‖ / ‖Ŵ + Δ‖, whichever the source."""
         return _mean([w.relative_error for w in self.weights.values()])
+
+    @property
+    def drift(self) -> Drift | None:
+        """How far the predictions moved by what was done; None without `data=`."""
+        return self.routes.get(self.source)
+
+    @property
+    def recommendation(self) -> str:
+        """What to do, in a sentence: by the drift where both routes were measured, else by what survived."""
+        if not self.weights:
+            return "nothing was merged"
+        return self._on_floats() if self.route == "float" else self._on_codes()
+
+    def _on_floats(self) -> str:
+        if self.survived < 0.9:
+            return f"{self.survived:.1%} of the update survived: dtype=torch.float32 keeps all of it"
+        held = "the original weights with what was learnt" if self.source == "original" else "the tuned weights"
+        return f"these floats hold {held}; nothing is lost but what their dtype rounds"
+
+    def _on_codes(self) -> str:
+        share = f"{self.survived:.1%} of the update survived the rounding"
+        if len(self.routes) == 2:
+            kl = {name: drift.kl for name, drift in self.routes.items()}
+            if kl["original"] <= kl["dequantized"]:
+                return (
+                    f"keep this merge: from the original weights it drifts less than from the dequantized ones "
+                    f"({kl['original']:.2e} against {kl['dequantized']:.2e} nats per token)"
+                )
+            return (
+                f"merge without original= (after qft.unmerge): from the dequantized weights it drifts less than from the "
+                f"original ones ({kl['dequantized']:.2e} against {kl['original']:.2e} nats per token)"
+            )
+        if self.source == "original":
+            return f"{share}, beside fresh rounding noise: data= measures whether merging without original= drifts less"
+        if self.survived < 0.9:
+            return f"only {share}: merge with original= (after qft.unmerge), or use qft.merge_to_float"
+        return f"keep this merge: {share}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             "route": self.route,
+            "source": self.source,
             "survived": self.survived,
             "relative_error": self.relative_error,
-            "weights": {n: vars(w) for n, w in self.weights.items()},
+            "drift": None if self.drift is None else vars(self.drift).copy(),
+            "routes": {n: vars(d).copy() for n, d in self.routes.items()},
+            "recommendation": self.recommendation,
+            "weights": {n: vars(w).copy() for n, w in self.weights.items()},
         }
 
     def __str__(self) -> str:
         head = (
-            f"merged {len(self.weights)} weights into {'floats' if self.route == 'float' else 'the quantized base'}: "
+            f"merged {len(self.weights)} weights into {'floats' if self.route == 'float' else 'the quantized base'}"
+            f"{' from the original ones' if self.source == 'original' else ''}: "
             f"{self.survived:.1%} of the update survived, relative error {self.relative_error:.2e}"
         )
         worst = sorted(self.weights.items(), key=lambda item: item[1].survived)[:5]
         rows = [f"  {w.survived:7.1%}  {w.relative_error:.2e}  {name}" for name, w in worst]
-        return "\n".join([head, "  survived  error     (the five least)", *rows] if rows else [head])
+        lines = [head, *(["  survived  error     (the five least)", *rows] if rows else [])]
+        lines += [f"  drift, {name}: {drift}" for name, drift in self.routes.items()]
+        return "\n".join([*lines, f"  {self.recommendation}"])
 
 
 def _mean(values: list[float]) -> float:
@@ -86,31 +140,114 @@ def _require_adapters(model: nn.Module) -> None:
         model.base_model._check_merge_allowed()
 
 
-def merge(model: nn.Module) -> MergeReport:
+def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer: Any = None) -> MergeReport:
     """Merge the active adapters into the quantized base, in place.
 
     Each weight is dequantized, updated and quantized again with its own options; `unmerge` brings the old one back,
-    to the bit. Rounding loses most of a small update: the report says how much survived.
+    to the bit. Rounding loses most of a small update: the report says how much survived. With `original` the update
+    is put on the original weight instead: q(W + Δ − Δ0), where Δ0 is what the adapter's init put there (LoftQ starts
+    it at about W − Ŵ, which W does not lack).
+
+    Args:
+        original: the float model, its folder, or its index of shards.
+        data: texts, token ids, batches, a dataset or a DataLoader: adds the drift of the model's predictions to the
+            report, with `original` that of both ways.
+        tokenizer: for data that is texts.
 
     Raises:
-        UnsupportedOperation: a backend without `merge_to_quantized`, or an adapter that cannot be merged.
-        NonFiniteWeights: an adapter with NaN or infinity. In both cases nothing was merged.
+        UnsupportedOperation: a backend without `merge_to_quantized`, or an adapter that cannot be merged, or not into
+            the original because nobody knows where it started.
+        NonFiniteWeights: an adapter with NaN or infinity.
+        AdapterMismatch, BadFolder: the original of another model, or files that cannot be read.
+        BadOption, NeedsCalibration: the data, a model without logits, or adapters that are merged already. Whatever is
+            raised, nothing was merged.
     """
     _require_adapters(model)
-    layers = list(_layers(model))
-    plan = [(n, m, [a for a in m.active_adapters if a in m.lora_A and a not in m.merged_adapters]) for n, m in layers]
+    base = marks.base_model(model)
+    plan: Plan = [
+        (n, m, [a for a in m.active_adapters if a in m.lora_A and a not in m.merged_adapters])
+        for n, m in _layers(model)
+    ]
+    if original is not None or data is not None:
+        _require_plain_state(plan)
     for _, layer, names in plan:
         layer.check_merge(names)
-    report = MergeReport("quantized")
-    with all_or_nothing(model):
+    originals = None
+    if original is not None:
+        originals = learnt_over(base, original, {n: (m, names) for n, m, names in plan})
+    probe = None if data is None else Probe(model, data, tokenizer)
+    report = MergeReport("quantized", source="dequantized" if originals is None else "original")
+    others = _OtherLayers(base, keep=probe is not None)
+
+    def merge_from(source: Originals | None) -> None:
         for name, layer, names in plan:
             if names:
-                layer.merge(adapter_names=names)
+                layer.merge(adapter_names=names, original=_source(source, name, layer))
                 report.weights[name] = layer.last_merge
-        for module in marks.base_model(model).modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, QftLinear):
-                module.merge(safe_merge=True)
+        others.merge()
+
+    def undo() -> None:
+        for _, layer, names in plan:
+            if names:
+                layer.unmerge()
+        others.unmerge()
+
+    with all_or_nothing(model), others:
+        if probe is None:
+            merge_from(originals)
+        else:
+            routes = {"dequantized": lambda: merge_from(None)}
+            if originals is not None:
+                routes["original"] = lambda: merge_from(originals)
+            report.routes = probe.after(routes, undo)
     return report
+
+
+def _source(originals: Originals | None, name: str, layer: QftLinear) -> Tensor | None:
+    """The original weight to put an update on; None for a float layer, whose weight is it."""
+    if originals is None or quantizer_of(layer.base_layer) is None:
+        return None
+    return originals.like(name, layer.quantizer.dequantize(layer.handle, dtype=torch.float32))
+
+
+def _require_plain_state(plan: Plan) -> None:
+    if any(layer.merged for _, layer, _ in plan):
+        raise BadOption(
+            "adapters are merged already, and original= and data= start from the unmerged model: call qft.unmerge(model)"
+        )
+    if any(layer.disable_adapters for _, layer, _ in plan):
+        raise BadOption("the adapters are disabled: merge with original= or data= outside of disable_adapter()")
+
+
+class _OtherLayers:
+    """PEFT's own layers in the model: merged with ours, and with `keep` taken out to the bit, also on an error."""
+
+    def __init__(self, base: nn.Module, keep: bool):
+        self.layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, QftLinear)]
+        inexact = [m for m in self.layers if not isinstance(m, ExactEmbedding)] if keep else []  # PEFT subtracts there
+        weights = {p for m in inexact for n, p in m.named_parameters() if "lora_" not in n}
+        self.kept = [(p, p.detach().to("cpu", copy=True)) for p in weights]
+
+    def merge(self) -> None:
+        for module in self.layers:
+            module.merge(safe_merge=True)
+
+    def unmerge(self) -> None:
+        for module in self.layers:
+            if module.merged:
+                module.unmerge()
+        self._restore()
+
+    def _restore(self) -> None:
+        for parameter, value in self.kept:
+            parameter.data.copy_(value)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, error: Any, *args: Any) -> None:
+        if error is not None:
+            self.unmerge()
 
 
 def unmerge(model: nn.Module) -> None:
@@ -122,156 +259,59 @@ def unmerge(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merge_to_float(model: nn.Module, *, dtype: str | torch.dtype | None = None) -> nn.Module:
+def merge_to_float(
+    model: nn.Module,
+    *,
+    dtype: str | torch.dtype | None = None,
+    original: Any = None,
+    data: Any = None,
+    tokenizer: Any = None,
+) -> nn.Module:
     """A plain float model with the active adapters merged in; `model` stays as it is.
 
     Every quantized layer becomes the float layer that it came from, adapted or not; heads, embeddings and norms are
-    copied. The result knows nothing of qft or PEFT: it saves and loads with transformers alone.
+    copied. The result knows nothing of qft or PEFT: it saves and loads with transformers alone. With `original` it is
+    the original model with what was learnt: W + Δ − Δ0, and W where nothing was adapted.
 
     Args:
         model: a wrapped model, or a quantized one without adapters.
         dtype: of the result; None is that of the float model.
+        original, data, tokenizer: as in `merge`.
 
     Returns:
-        The model, on the same device, in eval mode as `model` is; its `merge_report` says what rounding cost.
+        The model, on the same device, in eval mode as `model` is; its `merge_report` says what rounding cost. Where
+        the device has no room for it, it is built in host memory, with a warning.
 
     Raises:
-        UnsupportedOperation: a backend whose weights cannot be had as floats, or an adapter that cannot be merged.
+        UnsupportedOperation: a backend whose weights cannot be had as floats, or an adapter that cannot be merged, or
+            not into the original because nobody knows where it started.
         NonFiniteWeights: an adapter with NaN or infinity.
+        UnsupportedDevice: neither the device nor the host has room for the float model.
+        AdapterMismatch, BadFolder, BadOption, NeedsCalibration: as in `merge`.
     """
-    record = marks.record_of(model)
-    if record is None and hf.adopt(model) is None and not hasattr(model, "peft_config"):
+    if marks.record_of(model) is None and hf.adopt(model) is None and not hasattr(model, "peft_config"):
         raise BadOption("this model is neither quantized nor wrapped: it is a float model already")
     if hasattr(model, "peft_config"):
         _require_adapters(model)
     wanted = None if dtype is None else as_float_dtype(dtype)
     base = marks.base_model(model)
-    report = MergeReport("float")
-    memo: dict[int, Any] = {}
-    inside: set[int] = set()
-    for name, module in base.named_modules():
-        if id(module) in inside:
-            continue
-        new = _float_counterpart(module, name, wanted, report)
-        if new is not None:
-            memo[id(module)] = new
-            inside.update(id(m) for m in module.modules())
-    memo[id(getattr(base, "hf_quantizer", None))] = None
-    kept = base.__dict__.pop("_qft", None)
-    try:
-        plain = copy.deepcopy(base, memo)
-    finally:
-        if kept is not None:
-            base.__dict__["_qft"] = kept
-    _clean(plain)
-    _settle_tie(plain)
-    if wanted is not None:
-        plain.to(wanted)
-        if hasattr(plain, "config"):
-            plain.config.dtype = wanted
-    plain.requires_grad_(True)
+    originals = None
+    if original is not None:
+        plan = {n: (m, [] if m.disable_adapters else _taken(m)) for n, m in _layers(model)}
+        originals = learnt_over(base, original, plan)
+    probe = None if data is None else Probe(model, data, tokenizer)
+    if data is not None and any(m.merged and m.disable_adapters for _, m in _layers(model)):
+        raise BadOption(
+            "the adapters are merged and disabled, and running the model would unmerge them: qft.unmerge it"
+        )
+    made = FloatCopy(base, wanted, originals)
+    plain = made.build()
+    report = MergeReport("float", made.weights, "dequantized" if originals is None else "original")
+    if probe is not None:
+        report.routes[report.source] = probe.to(plain)
     plain.merge_report = report
     return plain
 
 
-def _float_counterpart(
-    module: nn.Module, name: str, dtype: torch.dtype | None, report: MergeReport
-) -> nn.Module | None:
-    if isinstance(module, QftLinear):
-        if module.merged and module.disable_adapters:
-            module = copy.deepcopy(module)
-            module.unmerge()
-        if module.merged:  # the base weight holds the adapters, as they survived
-            handle = module.handle
-            return _float_layer(
-                module.quantizer, handle, module.quantizer.dequantize(handle, dtype=torch.float32), dtype
-            )
-        names = [] if module.disable_adapters else [a for a in module.active_adapters if a in module.lora_A]
-        handle = module.handle
-        before = module.quantizer.dequantize(handle, dtype=torch.float32)
-        if not names:
-            return _float_layer(module.quantizer, handle, before, dtype)
-        wanted = module.merged_weight(names, before)
-        new = _float_layer(module.quantizer, handle, wanted, dtype, module.merged_bias(names))
-        after = new.weight.T if handle.transposed else new.weight
-        report.weights[name] = compare_merge(before, wanted, after.float())
-        return new
-    if isinstance(module, ModulesToSaveWrapper):
-        active = None if module.disable_adapters or not module.active_adapters else module.active_adapters[0]
-        return copy.deepcopy(module.modules_to_save[active] if active else module.original_module)
-    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-        twin = copy.deepcopy(module)
-        if hasattr(twin, "unload_and_optionally_merge_module"):
-            return twin.unload_and_optionally_merge_module(
-                not twin.disable_adapters, safe_merge=True, adapter_names=None
-            )
-        if not twin.merged and not twin.disable_adapters:
-            twin.merge(safe_merge=True)
-        return twin.get_base_layer()
-    quantizer = quantizer_of(module)
-    if quantizer is None:
-        return None
-    handle = quantizer.weights(module)[0]
-    return _float_layer(quantizer, handle, quantizer.dequantize(handle, dtype=torch.float32), dtype)
-
-
-def _float_layer(
-    quantizer: Quantizer,
-    handle: QuantizedWeight,
-    value: Tensor,
-    dtype: torch.dtype | None,
-    bias: Tensor | None = None,
-) -> nn.Module:
-    if not quantizer.capabilities.merge_to_float:
-        raise UnsupportedOperation(f"{quantizer!r} cannot give its weights as floats (capability merge_to_float)")
-    out_features, in_features = handle.shape
-    bias = handle.bias if bias is None else bias
-    if float(value.abs().max()) > torch.finfo(dtype or handle.dtype).max:
-        raise NonFiniteWeights(
-            f"a merged weight is too large for {dtype or handle.dtype}; dtype=torch.float32 holds it"
-        )
-    with torch.device("meta"):
-        if handle.kind == "conv1d":
-            from transformers.pytorch_utils import Conv1D
-
-            new: nn.Module = Conv1D(out_features, in_features)
-        else:
-            new = nn.Linear(in_features, out_features, bias=bias is not None)
-    dtype = dtype or handle.dtype
-    new.weight = nn.Parameter((value.T if handle.transposed else value).to(dtype).contiguous())
-    if bias is not None:
-        new.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
-    new.train(handle.module.training)
-    return new
-
-
-def _settle_tie(plain: nn.Module) -> None:
-    """Say in the config whether head and embedding still share their weight: training one of them parts them."""
-    config = getattr(plain, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    try:
-        head, embedding = plain.get_output_embeddings().weight, plain.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError):
-        return
-    if head is not embedding and torch.equal(head, embedding):
-        plain.tie_weights()
-    elif head is not embedding:
-        config.tie_word_embeddings = False
-
-
-def _clean(plain: nn.Module) -> None:
-    """Remove what quantizing, wrapping and training left on the copy."""
-    unmark(plain)
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        plain.__dict__.pop(name, None)
-    for module in plain.modules():
-        module.__dict__.pop("_qft_quantizer", None)
-        for key, hook in list(module._forward_hooks.items()):
-            if "require_grads" in getattr(hook, "__qualname__", "") or type(hook).__module__.startswith("qft."):
-                del module._forward_hooks[key]
-        for name in ("_require_grads_hook", "_require_grads_hooks"):
-            module.__dict__.pop(name, None)
-    if any(getattr(module, "gradient_checkpointing", False) for module in plain.modules()):
-        disable = getattr(plain, "activation_checkpointing_disable", None) or plain.gradient_checkpointing_disable
-        disable()
+def _taken(layer: QftLinear) -> list[str]:
+    return list(layer.merged_adapters) or [a for a in layer.active_adapters if a in layer.lora_A]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from qft import marks
-from qft.errors import AdapterMismatch, BadFolder, BadOption
+from qft.errors import AdapterMismatch, BadFolder, BadOption, NonFiniteWeights, UnsupportedDevice
 from qft.quantizer import float_weight, is_conv1d
 
 
@@ -25,7 +26,11 @@ class Originals:
 
     @classmethod
     def of(cls, original: Any, record: marks.Record) -> Originals:
-        """From a float model, or a folder of safetensors files, checked against the quantized model's fingerprint.
+        """From a float model, or safetensors files, checked against the quantized model's fingerprint.
+
+        Args:
+            original: a float model, a folder, its index of shards (`*.json`), or one safetensors file.
+            record: of the quantized model.
 
         Raises:
             BadFolder: no such folder, or no safetensors in it.
@@ -49,28 +54,51 @@ class Originals:
     def __call__(self, name: str) -> Tensor:
         return self.read(name).detach()
 
+    def like(self, name: str, quantized: Tensor) -> Tensor:
+        """The weight in the dtype, in the shape and on the device of its dequantized twin.
+
+        Raises:
+            AdapterMismatch: another shape. NonFiniteWeights: NaN or infinity.
+        """
+        weight = self(name)
+        if weight.shape != quantized.shape:
+            raise AdapterMismatch(
+                f"{self.where} has a {name} of {tuple(weight.shape)}, and the model one of {tuple(quantized.shape)}: it is "
+                "another model"
+            )
+        weight = weight.to(quantized)
+        if not weight.isfinite().all():
+            raise NonFiniteWeights(f"{name} of {self.where} holds NaN or infinity")
+        return weight
+
 
 def _from_model(model: nn.Module, name: str) -> Tensor:
     try:
-        return float_weight(model.get_submodule(name))
+        weight = float_weight(model.get_submodule(name))
     except AttributeError as error:
         raise BadOption(f"the original has no layer {name}: it is another kind of model") from error
+    if weight.is_meta:
+        raise UnsupportedDevice(f"the original's {name} is on the meta device, where weights have no values")
+    return weight
 
 
 class _Folder:
-    """Tensors of a folder by name, read when asked for."""
+    """Tensors of a folder, of the shards in an index, or of one file, by name, read when asked for."""
 
-    def __init__(self, folder: Path):
-        if not folder.is_dir():
-            raise BadFolder(f"{folder} is no folder")
-        index = folder / "model.safetensors.index.json"
+    def __init__(self, path: Path):
+        folder, index, pattern = path, path / "model.safetensors.index.json", "*.safetensors"
+        if path.is_file() and path.suffix in (".json", ".safetensors"):
+            folder, index = path.parent, path
+            pattern = glob.escape(path.name)
+        elif not path.is_dir():
+            raise BadFolder(f"{path} is no folder, no index of shards and no safetensors file")
         try:
-            if index.is_file():
+            if index.is_file() and index.suffix == ".json":
                 files = json.loads(index.read_text())["weight_map"]
                 self.files = {key: folder / file for key, file in files.items()}
             else:
                 self.files = {}
-                for path in sorted(folder.glob("*.safetensors")):
+                for path in sorted(folder.glob(pattern)):
                     with safe_open(path, framework="pt") as file:
                         self.files.update(dict.fromkeys(file.keys(), path))
         except Exception as error:

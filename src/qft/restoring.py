@@ -27,6 +27,7 @@ from qft.quantizer import Quantizer, code_options, float_weight
 from qft.quantizing import check_device, default_device, quantize_as
 from qft.registry import Spec, get_quantizer, quantizer_of
 from qft.saving import as_path, read_note
+from qft.starts import put_starts, read_starts
 
 
 def load(folder: str | os.PathLike[str], base: Any = None, *, is_trainable: bool = False, **kwargs: Any) -> nn.Module:
@@ -73,6 +74,7 @@ def load_adapter(
                 "path_initial_model_for_weight_conversion, and load that"
             )
         config.init_lora_weights = True
+    starts = read_starts(folder, adapter_shapes(folder)) if is_lora(config) else {}
     if isinstance(base, nn.Module) and hf.adopt(base) is None:
         if note is None:
             raise BadOption(
@@ -91,8 +93,10 @@ def load_adapter(
     try:
         with as_it_was(model), _strict_load(), peft_flags(model, None if is_lora(config) else record):
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
+            put_starts(peft_model, starts)
             if note is not None and note["base_changed"] and not record.base_changed:
                 restore_base(model, folder / "base", record)
+                record.merged = note["base_merged"]
     except BaseException:
         record.forward = before
         raise
@@ -140,6 +144,7 @@ def _base_for(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any] 
         record = hf.adopt(model)
         record.fingerprint = note["fingerprint"]  # stored together: the same by construction
         record.base_changed = note["base_changed"]
+        record.merged = note["base_merged"]
         return model
     return _given_base(folder, base, config, note, kwargs)
 

@@ -17,6 +17,7 @@ from torch import nn
 from qft import marks
 from qft.errors import BadFolder, BadOption, QftError, UnsupportedOperation
 from qft.hf import bare_state_dict
+from qft.starts import save_starts
 
 NOTE = "qft.json"
 
@@ -75,8 +76,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, base: bool = False
     """Save an adapter, and with `base` the quantized model under it, in one folder.
 
     Writes PEFT's own adapter files, which plain PEFT loads over the same base, and `qft.json`: the quantizers, the
-    base's fingerprint and the init. Everything is written under a temporary name and renamed at the end. The base is
-    stored in `folder/base` where `base=True`, and always where it is not q(W), as after iterated LoftQ.
+    base's fingerprint and the init; beside an adapter that did not start at zero, `start.safetensors`. Everything is
+    written under a temporary name and renamed at the end. The base is stored in
+    `folder/base` where `base=True`, and always where it is not q(W), as after iterated LoftQ.
 
     Args:
         model: what `qft.wrap` or `qft.quantize_and_wrap` returned.
@@ -98,6 +100,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, base: bool = False
         raise BadOption(f"adapters are merged into {len(merged)} weights: call qft.unmerge(model) before saving")
     with atomic_folder(folder) as partial:
         model.save_pretrained(partial)
+        save_starts(model, partial, as_path(folder))
         if record is not None:
             stores_base = base or record.base_changed
             (partial / NOTE).write_text(json.dumps(_note(record, stores_base), indent=1))
@@ -118,6 +121,7 @@ def _note(record: marks.Record, stores_base: bool) -> dict[str, Any]:
         "forward": record.forward,
         "base_stored": stores_base,
         "base_changed": record.base_changed,
+        "base_merged": record.merged,
         "fingerprint": {
             n: [list(shape), [float(f"{v:.6g}") for v in values]] for n, (shape, values) in record.fingerprint.items()
         },
@@ -140,7 +144,8 @@ def read_note(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         note["fingerprint"] = {n: (tuple(s), [float(x) for x in v]) for n, (s, v) in note["fingerprint"].items()}
         names = [q["name"] for q in note["quantizers"]]
         note["layers"] = {str(n): range(len(names))[i] for n, i in note["layers"].items()}
-        for flag in ("base_stored", "base_changed"):
+        note.setdefault("base_merged", False)
+        for flag in ("base_stored", "base_changed", "base_merged"):
             if not isinstance(note[flag], bool):
                 raise TypeError(f"{flag} is {note[flag]!r}")
         return note

@@ -9,39 +9,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from qft.backends.unquantized import Unquantized
-from qft.errors import NonFiniteWeights, UnsupportedOperation
 from qft.lora.autograd import Update, lora_linear
+from qft.lora.merges import Merging, WeightMerge
 from qft.packed import dequantizer
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
 
 
-@dataclass(frozen=True)
-class WeightMerge:
-    """What merging did to one weight.
-
-    Attributes:
-        survived: the share ⟨Δ′, Δ⟩ / ⟨Δ, Δ⟩ of the update Δ that the stored weight took over, Δ′ = Ŵ′ − Ŵ.
-        relative_error: ‖Ŵ′ − (Ŵ + Δ)‖ / ‖Ŵ + Δ‖.
-        update_norm: ‖Δ‖ / ‖Ŵ‖.
-    """
-
-    survived: float
-    relative_error: float
-    update_norm: float
-
-
-class QftLinear(Linear):
+class QftLinear(Merging, Linear):
     """LoRA over one weight of any `Quantizer`; see `peft.tuners.lora.layer.Linear` for the parameters.
 
     A group-pooled adapter (`use_qalora`; QA-LoRA, arXiv 2309.14717) sees the mean of each group of G inputs, times
@@ -58,6 +41,7 @@ class QftLinear(Linear):
         self._view_base = False
         self._saved: tuple[Any, Tensor | None] | None = None
         self.last_merge: WeightMerge | None = None
+        self.from_original = False  # what is merged was merged over W, not over Ŵ
         # adapter → (A, B) that its init put there, float32 on the host; None where that is not known; absent for B = 0
         self.starts: dict[str, tuple[Tensor, Tensor] | None] = {}
         self.qalora_group_size: dict[str, int] = {}  # of the group-pooled adapters
@@ -200,140 +184,6 @@ class QftLinear(Linear):
             result[rows] += self._plain(name, x[rows]).to(result.dtype)
         return result
 
-    # ---- merging -----------------------------------------------------------------------------------------
-
-    def merged_weight(self, adapter_names: list[str], weight: Tensor) -> Tensor:
-        """Ŵ and the updates of these adapters in one float weight, (out_features, in_features).
-
-        Args:
-            adapter_names: merged in this order, which matters where one of them is DoRA.
-            weight: Ŵ in float32; left as it is.
-
-        Raises:
-            NonFiniteWeights: an adapter holds NaN or infinity.
-        """
-        value = weight.clone()
-        for name in adapter_names:
-            a, b = self.lora_A[name].weight.to(weight), self.lora_B[name].weight.to(weight)
-            delta = self._expanded(name, b @ a).mul_(self.scaling[name])
-            if name in self.lora_variant:  # DoRA, arXiv 2402.09353, equation 5
-                magnitude = self.lora_magnitude_vector[name].weight.to(weight)
-                norm = torch.linalg.norm(weight + delta, dim=1)
-                value.add_(delta).mul_((magnitude / norm)[:, None])
-            else:
-                value.add_(delta)
-        if not value.isfinite().all():
-            raise NonFiniteWeights(
-                f"merging {', '.join(adapter_names)} gives NaN or infinity: the adapter is broken, nothing was merged"
-            )
-        return value
-
-    def merged_bias(self, adapter_names: list[str]) -> Tensor | None:
-        """The base bias with the adapters' own, or None without any."""
-        bias = self.base_layer.bias
-        for name in adapter_names:
-            extra = self.lora_B[name].bias
-            if extra is None:
-                continue
-            if bias is None:
-                raise UnsupportedOperation(
-                    "this adapter has a lora_bias and the layer has no bias to merge it into: a merged model would "
-                    "have parameters that its config does not know"
-                )
-            bias = bias.detach() + (extra.detach() * self.scaling[name]).to(bias)
-        if bias is not None and not bias.isfinite().all():
-            raise NonFiniteWeights("an adapter's bias holds NaN or infinity: nothing was merged")
-        return bias
-
-    def check_merge(self, adapter_names: list[str]) -> None:
-        """Raise what `merge` would raise, without changing anything."""
-        if not self.quantizer.capabilities.merge_to_quantized:
-            raise UnsupportedOperation(
-                f"{self.quantizer!r} cannot take a merge (capability merge_to_quantized); qft.merge_to_float works"
-            )
-        for name in adapter_names:
-            tensors = [p for m in (self.lora_A, self.lora_B, self.lora_magnitude_vector) if name in m
-                       for p in m[name].parameters()]  # fmt: skip
-            if not all(t.isfinite().all() for t in tensors):
-                raise NonFiniteWeights(f"adapter {name!r} holds NaN or infinity: nothing was merged")
-        self.merged_bias(adapter_names)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the base weight, quantized as it is; `last_merge` says what survived.
-
-        Adapters that are merged already are taken out and merged again with the new ones, from the unmerged weight,
-        so that the weight is rounded once. Group-pooled adapters whose groups are whole groups of the quantizer are
-        merged into its float zero points, exact to float32 rounding, where its capabilities say `exact_merge`.
-        """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
-        if not names:
-            return
-        earlier = list(self.merged_adapters)
-        try:
-            self._merge(earlier + names)
-        except BaseException:
-            self.unmerge()
-            if earlier:
-                self._merge(earlier)
-            raise
-
-    def _merge(self, names: list[str]) -> None:
-        self.check_merge(names)
-        if self._saved is not None:
-            self._restore()
-        handle = self.handle
-        before = self.quantizer.dequantize(handle, dtype=torch.float32)
-        wanted = self.merged_weight(names, before)
-        bias = self.merged_bias(names)
-        old_bias = self.base_layer.bias
-        self._saved = (self.quantizer.snapshot(handle), None if old_bias is None else old_bias.detach().clone())
-        shift = self._group_shift(names, handle)
-        if shift is None:
-            self.quantizer.requantize(handle, wanted)
-        else:
-            self.quantizer.shift(handle, shift)
-        if bias is not old_bias:
-            old_bias.data = bias
-        self.merged_adapters[:] = names
-        after = self.quantizer.dequantize(handle, dtype=torch.float32)
-        if not after.isfinite().all():
-            raise NonFiniteWeights(
-                f"merging {', '.join(names)} goes beyond what {self.quantizer!r} can store: nothing was merged"
-            )
-        self.last_merge = compare_merge(before, wanted, after)
-
-    def _group_shift(self, names: list[str], handle: QuantizedWeight) -> Tensor | None:
-        """What these adapters add to each of the quantizer's groups, (out_features, groups) in float32; None where
-        that is not one number a group."""
-        size = self.quantizer.group_size_of(handle) if self.quantizer.capabilities.exact_merge else None
-        pools = [self.qalora_group_size.get(n) for n in names]
-        if size is None or any(pool is None or pool % size for pool in pools):
-            return None
-        return torch.stack([
-            self._expanded(n, self.lora_B[n].weight.float() @ self.lora_A[n].weight.float())[:, ::size]
-            * self.scaling[n] for n in names
-        ]).sum(0)  # fmt: skip
-
-    def unmerge(self) -> None:
-        """Put the base weight back, to the bit."""
-        if self._saved is not None:
-            self._restore()
-        self.merged_adapters.clear()
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        saved, bias = self._saved
-        self.quantizer.restore(self.handle, saved)
-        if bias is not None:
-            self.base_layer.bias.data = bias.to(self.base_layer.bias.device, copy=True)
-        self._saved = None
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """`scaling * B @ A`, (out_features, in_features), in the adapter's dtype; group-pooled ones expanded."""
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return (self._expanded(adapter, b.float() @ a.float()) * self.scaling[adapter]).to(b.dtype)
-
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -394,18 +244,6 @@ class _FloatView(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.__dict__["_layer"].base_layer.bias
-
-
-def compare_merge(before: Tensor, wanted: Tensor, after: Tensor) -> WeightMerge:
-    """The figures of a merge from Ŵ, Ŵ + Δ and Ŵ′, all float32 of one shape."""
-    delta, stored = wanted - before, after - before
-    square = float((delta * delta).sum())
-    norm = float(wanted.norm())
-    return WeightMerge(
-        survived=float((stored * delta).sum()) / square if square else 1.0,
-        relative_error=float((after - wanted).norm()) / norm if norm else 0.0,
-        update_norm=square**0.5 / float(before.norm()) if float(before.norm()) else 0.0,
-    )
 
 
 def _device(module: nn.Module) -> torch.device:

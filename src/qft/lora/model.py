@@ -113,6 +113,15 @@ class QftLoraModel(LoraModel):
             if method is not None:
                 self.model.quantization_method = method
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args, **kwargs
+    ) -> None:
+        exists = adapter_name in self.peft_config  # then PEFT does nothing
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        for module in self.model.modules():
+            if not exists and isinstance(module, QftLinear) and any(name in module.starts for name in adapters):
+                module.starts[adapter_name] = None
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_all(adapter_names)
         with all_or_nothing(self.model):
@@ -130,7 +139,7 @@ class QftLoraModel(LoraModel):
         DequantizedForward.take_off(model)
         merges = [m.last_merge for m in layers if m.merged and m.last_merge is not None]
         if record is not None and merges:
-            record.base_changed = True
+            record.base_changed = record.merged = True
             warn_of_loss(merges)
         return model
 

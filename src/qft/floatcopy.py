@@ -1,0 +1,271 @@
+"""A plain float copy of a quantized or wrapped model, on its device or, where that has no room, in host memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from qft.errors import NonFiniteWeights, QftWarning, UnsupportedDevice, UnsupportedOperation
+from qft.hf import unmark
+from qft.lora.layer import QftLinear
+from qft.lora.merges import WeightMerge, compare_merge
+from qft.originals import Originals
+from qft.quantizer import QuantizedWeight, Quantizer
+from qft.registry import quantizer_of
+
+HOST = torch.device("cpu")
+
+
+class FloatCopy:
+    """One float copy in the making.
+
+    Args:
+        base: the model under PEFT's wrapper; it stays as it is.
+        dtype: of the copy; None is that of the float model.
+        originals: the weights to put what was learnt on; None takes the dequantized ones.
+
+    Attributes:
+        weights: layer name → what merging did to it; adapted layers only.
+
+    Raises:
+        UnsupportedDevice: neither the device nor the host has room; nothing was allocated.
+    """
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype | None, originals: Originals | None):
+        self.base, self.dtype, self.originals = base, dtype, originals
+        self.weights: dict[str, WeightMerge] = {}
+        self.on_host = _overflows(base, dtype)
+
+    def build(self) -> nn.Module:
+        """The copy.
+
+        Raises:
+            UnsupportedOperation: a backend that gives no floats, or an adapter that cannot be merged.
+            NonFiniteWeights: NaN or infinity in an adapter, or a weight that is too large for the dtype.
+        """
+        base, memo, inside = self.base, {}, set()
+        for name, module in base.named_modules():
+            if id(module) in inside:
+                continue
+            new = self._counterpart(module, name)
+            if new is not None:
+                memo[id(module)] = new.to(HOST) if self.on_host else new
+                inside.update(id(m) for m in module.modules())
+            elif self.on_host:
+                for p in module.parameters(recurse=False):
+                    memo.setdefault(id(p), nn.Parameter(p.detach().to(HOST, copy=True), p.requires_grad))
+                for b in module.buffers(recurse=False):
+                    memo.setdefault(id(b), b.detach().to(HOST, copy=True))
+        memo[id(getattr(base, "hf_quantizer", None))] = None
+        kept = base.__dict__.pop("_qft", None)
+        try:
+            plain = copy.deepcopy(base, memo)
+        finally:
+            if kept is not None:
+                base.__dict__["_qft"] = kept
+        _clean(plain)
+        _settle_tie(plain)
+        if self.on_host:
+            _undispatch(plain)
+        if self.dtype is not None:
+            plain.to(self.dtype)
+            if hasattr(plain, "config"):
+                plain.config.dtype = self.dtype
+        return plain.requires_grad_(True)
+
+    def _counterpart(self, module: nn.Module, name: str) -> nn.Module | None:
+        """The float module in the place of a quantized or wrapped one; None for what is copied as it is."""
+        if isinstance(module, QftLinear):
+            return self._merged(module, name)
+        if isinstance(module, ModulesToSaveWrapper):
+            active = None if module.disable_adapters or not module.active_adapters else module.active_adapters[0]
+            return copy.deepcopy(module.modules_to_save[active] if active else module.original_module)
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            twin = copy.deepcopy(module)
+            if hasattr(twin, "unload_and_optionally_merge_module"):
+                return twin.unload_and_optionally_merge_module(
+                    not twin.disable_adapters, safe_merge=True, adapter_names=None
+                )
+            if not twin.merged and not twin.disable_adapters:
+                twin.merge(safe_merge=True)
+            return twin.get_base_layer()
+        quantizer = quantizer_of(module)
+        if quantizer is None:
+            return None
+        handle = quantizer.weights(module)[0]
+        return self._layer(quantizer, handle, self._original(name, quantizer.dequantize(handle, dtype=torch.float32)))
+
+    def _merged(self, module: QftLinear, name: str) -> nn.Module:
+        names = module.merged_adapters or [a for a in module.active_adapters if a in module.lora_A]
+        names = [] if module.disable_adapters else list(names)
+        if module.merged and (module.disable_adapters or self.originals is not None):
+            module = copy.deepcopy(module)
+            module.unmerge()
+        elif module.merged:
+            names = []  # the base weight holds the adapters, as they survived
+        handle = module.handle
+        before = module.quantizer.dequantize(handle, dtype=torch.float32)
+        quantized = quantizer_of(module.base_layer) is not None
+        source = self._original(name, before) if quantized else before
+        if not names:
+            return self._layer(module.quantizer, handle, source)
+        tuned = wanted = module.merged_weight(names, before)
+        if source is not before:
+            wanted = module.merged_weight(names, source, learnt=True)
+        new = self._layer(module.quantizer, handle, wanted, module.merged_bias(names))
+        after = new.weight.T if handle.transposed else new.weight
+        self.weights[name] = compare_merge(before, tuned, after.float())
+        return new
+
+    def _original(self, name: str, quantized: Tensor) -> Tensor:
+        return quantized if self.originals is None else self.originals.like(name, quantized)
+
+    def _layer(
+        self, quantizer: Quantizer, handle: QuantizedWeight, value: Tensor, bias: Tensor | None = None
+    ) -> nn.Module:
+        if not quantizer.capabilities.merge_to_float:
+            raise UnsupportedOperation(f"{quantizer!r} cannot give its weights as floats (capability merge_to_float)")
+        out_features, in_features = handle.shape
+        bias = handle.bias if bias is None else bias
+        dtype = self.dtype or handle.dtype
+        if float(value.abs().max()) > torch.finfo(dtype).max:
+            raise NonFiniteWeights(f"a merged weight is too large for {dtype}; dtype=torch.float32 holds it")
+        with torch.device("meta"):
+            if handle.kind == "conv1d":
+                from transformers.pytorch_utils import Conv1D
+
+                new: nn.Module = Conv1D(out_features, in_features)
+            else:
+                new = nn.Linear(in_features, out_features, bias=bias is not None)
+        # one's own memory: the value may be the original model's weight, or a view of a float layer's
+        weight = (value.T if handle.transposed else value).to(dtype, copy=True, memory_format=torch.contiguous_format)
+        new.weight = nn.Parameter(weight)
+        if bias is not None:
+            new.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
+        new.train(handle.module.training)
+        return new
+
+
+# ---- memory ----------------------------------------------------------------------------------------------
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on a device: what is free, and what torch holds there without using it."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    import psutil  # comes with accelerate and PEFT
+
+    return psutil.virtual_memory().available
+
+
+def float_bytes(base: nn.Module, dtype: torch.dtype | None) -> Counter[torch.device]:
+    """Bytes of a float copy of `base`, by the device that its weights are on."""
+    total: Counter[torch.device] = Counter()
+    inside: set[int] = set()
+
+    def add(tensors: Iterator[Tensor]) -> None:
+        for t in tensors:
+            if id(t) not in inside:
+                inside.add(id(t))
+                size = dtype.itemsize if dtype is not None and t.is_floating_point() else t.element_size()
+                total[t.device] += t.numel() * size
+
+    for module in base.modules():
+        if id(module) in inside:
+            continue
+        handle = _handle(module)
+        if handle is not None:
+            device = next(handle.module.parameters()).device
+            bias = 0 if handle.bias is None else handle.bias.numel()
+            total[device] += (math.prod(handle.shape) + bias) * (dtype or handle.dtype).itemsize
+        elif isinstance(module, ModulesToSaveWrapper):
+            add(module.original_module.parameters())
+        elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            add(p for n, p in module.named_parameters() if "base_layer" in n or "original_module" in n)
+        else:
+            add(module.parameters(recurse=False))
+            add(module.buffers(recurse=False))
+            continue
+        inside.update(id(m) for m in module.modules())
+    return total
+
+
+def _handle(module: nn.Module) -> QuantizedWeight | None:
+    if isinstance(module, QftLinear):
+        return module.handle
+    quantizer = quantizer_of(module)
+    return None if quantizer is None else quantizer.weights(module)[0]
+
+
+def _overflows(base: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Whether the copy has to be built in host memory; raises where that has no room either."""
+    need = float_bytes(base, dtype)
+    full = [d for d, n in need.items() if n > free_bytes(d)]
+    if not full:
+        return False
+    total, room = need.total(), free_bytes(HOST)
+    if total > room:
+        raise UnsupportedDevice(
+            f"the float model takes {total} bytes ({total / 2**30:.1f} GiB), {free_bytes(full[0])} are free on {full[0]} "
+            f"and {room} on the host: qft.export writes it to a folder shard by shard, in little memory"
+        )
+    warnings.warn(
+        f"the float model takes {need[full[0]] / 2**30:.1f} GiB on {full[0]}, which has {free_bytes(full[0]) / 2**30:.1f} "
+        "GiB free: it is built in host memory instead",
+        QftWarning,
+        stacklevel=5,
+    )
+    return True
+
+
+# ---- what a copy must not have ---------------------------------------------------------------------------
+
+
+def _settle_tie(plain: nn.Module) -> None:
+    """Say in the config whether head and embedding still share their weight: training one of them parts them."""
+    config = getattr(plain, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    try:
+        head, embedding = plain.get_output_embeddings().weight, plain.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        return
+    if head is not embedding and torch.equal(head, embedding):
+        plain.tie_weights()
+    elif head is not embedding:
+        config.tie_word_embeddings = False
+
+
+def _clean(plain: nn.Module) -> None:
+    """Remove what quantizing, wrapping and training left on the copy."""
+    unmark(plain)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        plain.__dict__.pop(name, None)
+    for module in plain.modules():
+        module.__dict__.pop("_qft_quantizer", None)
+        for key, hook in list(module._forward_hooks.items()):
+            if "require_grads" in getattr(hook, "__qualname__", "") or type(hook).__module__.startswith("qft."):
+                del module._forward_hooks[key]
+        for name in ("_require_grads_hook", "_require_grads_hooks"):
+            module.__dict__.pop(name, None)
+    if any(getattr(module, "gradient_checkpointing", False) for module in plain.modules()):
+        disable = getattr(plain, "activation_checkpointing_disable", None) or plain.gradient_checkpointing_disable
+        disable()
+
+
+def _undispatch(plain: nn.Module) -> None:
+    """Take accelerate's hooks off, which would send inputs to the devices of the model that was copied."""
+    if getattr(plain, "hf_device_map", None) is not None:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        remove_hook_from_submodules(plain)
+        del plain.hf_device_map
