@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qft import hf, marks
 from qft.drift import Drift, Probe
-from qft.errors import BadOption, UnsupportedOperation
+from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
 from qft.floatcopy import FloatCopy
 from qft.lora.layer import QftLinear
 from qft.lora.merges import WeightMerge
@@ -178,6 +178,7 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
     probe = None if data is None else Probe(model, data, tokenizer)
     report = MergeReport("quantized", source="dequantized" if originals is None else "original")
     others = _OtherLayers(base, keep=probe is not None)
+    others.check()
 
     def merge_from(source: Originals | None) -> None:
         for name, layer, names in plan:
@@ -227,6 +228,14 @@ class _OtherLayers:
         inexact = [m for m in self.layers if not isinstance(m, ExactEmbedding)] if keep else []  # PEFT subtracts there
         weights = {p for m in inexact for n, p in m.named_parameters() if "lora_" not in n}
         self.kept = [(p, p.detach().to("cpu", copy=True)) for p in weights]
+
+    def check(self) -> None:
+        """Raise `NonFiniteWeights` for a broken adapter before the first weight changes."""
+        for module in self.layers:
+            for name, parameter in module.named_parameters():
+                active = "lora_" in name and any(a in name.split(".") for a in module.active_adapters)
+                if active and not parameter.isfinite().all():
+                    raise NonFiniteWeights(f"an adapter's {name} holds NaN or infinity: nothing was merged")
 
     def merge(self) -> None:
         for module in self.layers:
