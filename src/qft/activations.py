@@ -127,10 +127,17 @@ def _counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
 
 @dataclass
 class Group:
-    """Layers whose statistics are ready, and whose block no batch has to pass any more."""
+    """Layers whose statistics are ready, and whose block no batch has to pass any more.
+
+    Attributes:
+        names: of the layers.
+        statistics: of those that read a token.
+        broken: layers that read none because all rows held NaN or infinity → how many these were.
+    """
 
     names: list[str]
     statistics: dict[str, Statistics]
+    broken: dict[str, int] = field(default_factory=dict)
 
 
 def collect(
@@ -173,8 +180,10 @@ def collect(
 
     def group(index: int) -> Group:
         names = members.pop(index, [])
-        found = {n: sums.pop(n).result() for n in names}
-        return Group(names, {n: s for n, s in found.items() if s is not None})
+        read = {n: sums.pop(n) for n in names}
+        found = {n: s for n, a in read.items() if (s := a.result()) is not None}
+        broken = {n: left for n, a in read.items() if n not in found and (left := int(a.sums.get("left_out", 0)))}
+        return Group(names, found, broken)
 
     bar = _bar(len(batches) * max(1, len(blocks)), progress)
     try:
