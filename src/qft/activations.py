@@ -173,6 +173,7 @@ def collect(
     for name, layer in layers.items():
         members.setdefault(owner.get(id(layer), -1), []).append(name)
     watched = set(members)
+    logits = _reads_logits(model, layers.values())
     sums = {n: _Accumulator(kinds if isinstance(kinds, str) else kinds[n]) for n in layers}
     training = {n for n, m in model.named_modules() if m.training}
     moved = _Moved(model, blocks, device)
@@ -202,7 +203,7 @@ def collect(
         del layers, layer  # nothing here keeps a layer alive that the caller replaces
         for index, block in enumerate(blocks):
             _door(block, index)
-        passes += [_Pass(lambda b=b: _run(model, b, moved.device), b, moved.device) for b in batches]
+        passes += [_Pass(lambda b=b: _run(model, b, moved.device, logits), b, moved.device) for b in batches]
         for one in passes:
             one.go_on()
         left = set(range(len(blocks)))
@@ -423,11 +424,13 @@ def _watch(layer: nn.Module, sums: _Accumulator) -> list[Any]:
             return  # not one of our passes: somebody else calls the layer meanwhile
         x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
         if isinstance(x, Tensor):
-            sums.read(x, _mask())
+            with torch.inference_mode(False), torch.no_grad():  # or what is summed could not leave the model's own mode
+                sums.read(x, _mask())
 
     def wrote(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and getattr(_running, "batch", None) is not None:
-            sums.wrote(output, _mask())
+            with torch.inference_mode(False), torch.no_grad():
+                sums.wrote(output, _mask())
 
     return [layer.register_forward_pre_hook(read, with_kwargs=True), layer.register_forward_hook(wrote)]
 
@@ -437,7 +440,16 @@ def _mask() -> Tensor | None:
     return one.batch.get("attention_mask") if one is not None else None
 
 
-def _run(model: nn.Module, batch: Batch, device: torch.device | None) -> Any:
+def _reads_logits(model: nn.Module, layers: Any) -> bool:
+    """Whether the head is among the layers, so that it has to run over all tokens."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return True
+    return any(layer is head for layer in layers)
+
+
+def _run(model: nn.Module, batch: Batch, device: torch.device | None, logits: bool) -> Any:
     if device is None:
         with contextlib.suppress(StopIteration):
             device = next(model.parameters()).device
@@ -445,6 +457,6 @@ def _run(model: nn.Module, batch: Batch, device: torch.device | None) -> Any:
     config = getattr(model, "config", None)
     if config is not None and not getattr(config, "is_encoder_decoder", False):  # nobody reads the loss here,
         batch = {k: v for k, v in batch.items() if k != "labels"}
-    if "logits_to_keep" in forward and "labels" not in batch:  # nor the logits
+    if "logits_to_keep" in forward and "labels" not in batch and not logits:  # nor the logits
         batch = {**batch, "logits_to_keep": 1}
     return call(model, batch, device)
