@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from qft.activations import Group, Statistics
-from qft.errors import AdapterMismatch, BadOption, BadShape, NonFiniteWeights, UnsupportedOperation
+from qft.errors import AdapterMismatch, BadOption, BadShape, NonFiniteWeights, QftWarning, UnsupportedOperation
 from qft.inits.base import AdapterInit
 from qft.lora.layer import QftLinear
 from qft.lora.model import targeted
@@ -210,6 +211,8 @@ class InitRun:
         record.init = repr(self.init)
         record.base_changed |= self.base_changed
         peft_model.init_report = self.report
+        if len(self.report.rolled_back) == len(self.report.weights) > 0:
+            warnings.warn(f"the init did nothing: {self.report}", QftWarning, stacklevel=4)
 
 
 def _check(init: AdapterInit, name: str, a: Tensor, b: Tensor, rank: int, shape: Mapping[int, int] | Any) -> None:
