@@ -421,7 +421,7 @@ def test_lora_variants_that_need_float_weights(field, value):
 # ---- inits ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "mica", "no such init"])
+@pytest.mark.parametrize("name", ["corda", "lora_ga", "mica", "no such init"])
 @pytest.mark.filterwarnings("ignore")
 def test_inits_that_rewrite_the_base(name):
     for verb, model in both_doors():
@@ -980,7 +980,7 @@ def test_folders_refuse_what_models_in_memory_do(tmp_path):
     for config, error, says in [
         (lora(r=65), qft.BadShape, "rank 65"),
         (lora(target_modules=["nope"]), qft.NoTargets, "nope"),
-        (lora(init_lora_weights="olora"), qft.BadOption, "olora"),
+        (lora(init_lora_weights="lora_ga"), qft.BadOption, "lora_ga"),
         (peft.LoHaConfig(target_modules=["q_proj"]), qft.UnsupportedOperation, "LOHA"),
     ]:
         with refuses(error, says):

@@ -24,6 +24,9 @@ from qft.errors import BadOption, QftError
 
 StatisticsKind = Literal["diagonal", "full"]
 
+LARGEST = 1e15
+"""Activations from here on are left out as infinity is: the sum of their squares would leave float32."""
+
 
 @dataclass
 class Statistics:
@@ -35,7 +38,7 @@ class Statistics:
         mean_abs: E[|x|], float32 (in_features,).
         second_moment: E[x xᵀ], float32 (in_features, in_features); None for the diagonal kind.
         input_max, output_max: the largest absolute values that went in and came out.
-        left_out: rows that held NaN or infinity and were not counted.
+        left_out: rows that held NaN, infinity, or what float32 cannot square and sum, and were not counted.
     """
 
     tokens: int
@@ -73,7 +76,8 @@ class _Accumulator:
         if y.numel():
             counted = _counted(y, mask)
             size = y.detach().abs().reshape(-1, y.shape[-1]).amax(-1).float()
-            self._largest("output", (size if counted is None else torch.where(counted, size, 0.0)).amax())
+            keep = size.isfinite() if counted is None else counted & size.isfinite()
+            self._largest("output", torch.where(keep, size, 0.0).amax())
 
     def result(self) -> Statistics | None:
         """None where the layer read nothing."""
@@ -94,12 +98,13 @@ class _Accumulator:
 
 def _sums_of(x: Tensor, mask: Tensor | None, kind: StatisticsKind) -> dict[str, Tensor]:
     """What one tensor adds; computed once for layers that read the same one, such as q, k and v."""
-    last, found = getattr(_running, "last", (None, None))
-    if last is x and (kind == "diagonal" or "product" in found):
+    last, version, found = getattr(_running, "last", (None, None, None))
+    now = None if x.is_inference() else x._version  # one that was added to in place holds something else
+    if last is x and version == now is not None and (kind == "diagonal" or "product" in found):
         return found
     counted = _counted(x, mask)
     rows = x.detach().reshape(-1, x.shape[-1]).float()
-    finite = rows.isfinite().all(-1)
+    finite = (rows.abs() < LARGEST).all(-1)  # false for NaN, too
     keep = finite if counted is None else finite & counted
     rows = torch.where(keep[:, None], rows, 0.0)
     size = rows.abs()
@@ -112,7 +117,7 @@ def _sums_of(x: Tensor, mask: Tensor | None, kind: StatisticsKind) -> dict[str, 
     }
     if kind == "full":
         found["product"] = rows.T @ rows
-    _running.last = (x, found)
+    _running.last = (x, now, found)
     return found
 
 
@@ -152,7 +157,8 @@ def collect(
     """Run `model` over `batches` and give the statistics of the named layers, block by block.
 
     Between two groups the caller may replace the layers of those that it was given: what goes on into the next block
-    was computed with the old ones.
+    was computed with the old ones. A caller that may stop early closes the generator (`contextlib.closing`): that ends
+    the passes and takes the hooks off.
 
     Args:
         names: of the layers to watch; each is in one group, those that no batch came through in the last.
@@ -163,14 +169,18 @@ def collect(
         progress: show a bar on stderr.
 
     Raises:
-        BadOption: the model cannot run on these batches.
+        BadOption: the model cannot run on these batches, or comes back to a block after it was in another.
     """
+    if not names:
+        return
     layers = {name: model.get_submodule(name) for name in names}
     blocks = _blocks(model, layers.values())
     owner = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
     members: dict[int, list[str]] = {}
     for name, layer in layers.items():
         members.setdefault(owner.get(id(layer), -1), []).append(name)
+    watched = set(members)
+    logits = _reads_logits(model, layers.values())
     sums = {n: _Accumulator(kinds if isinstance(kinds, str) else kinds[n]) for n in layers}
     training = {n for n, m in model.named_modules() if m.training}
     moved = _Moved(model, blocks, device)
@@ -185,6 +195,14 @@ def collect(
         broken = {n: left for n, a in read.items() if n not in found and (left := int(a.sums.get("left_out", 0)))}
         return Group(names, found, broken)
 
+    def step(one: _Pass, here: int | None) -> None:
+        if one.at != here and one.at in watched and one.at not in left:
+            raise BadOption(
+                f"this {type(model).__name__} goes through its blocks more than once in turn: the statistics of a block "
+                "are taken in one go, and would miss what it reads later"
+            )
+        one.go_on()
+
     bar = _bar(len(batches) * max(1, len(blocks)), progress)
     try:
         model.eval()
@@ -194,7 +212,7 @@ def collect(
         del layers, layer  # nothing here keeps a layer alive that the caller replaces
         for index, block in enumerate(blocks):
             _door(block, index)
-        passes += [_Pass(lambda b=b: _run(model, b, moved.device), b, moved.device) for b in batches]
+        passes += [_Pass(lambda b=b: _run(model, b, moved.device, logits), b, moved.device) for b in batches]
         for one in passes:
             one.go_on()
         left = set(range(len(blocks)))
@@ -206,22 +224,22 @@ def collect(
             moved.bring(blocks[here])
             for one in passes:
                 while one.at is not None and one.at not in left:
-                    one.go_on()
+                    step(one, here)
                 bar()
             if here in members:
                 given = moved.for_good()
                 yield group(here)
         for one in passes:
             while one.at is not None:
-                one.go_on()
+                step(one, None)
             if not blocks:
                 bar()
         given = moved.for_good()
         for index in list(members):
             yield group(index)
-    except (QftError, GeneratorExit, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError):
+    except (QftError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    except Exception as error:
         if given:
             raise
         line = " ".join(str(error).split())[:200]
@@ -373,7 +391,7 @@ class _Pass:
         kept = tree_map_only(Tensor, _parked, (args, kwargs))
         del args, kwargs
         self.at = door
-        _running.last = (None, None)  # between blocks nothing of theirs is kept
+        _running.last = (None, None, None)  # between blocks nothing of theirs is kept
         self._theirs.release()
         self._mine.acquire()
         if self.aborted:
@@ -411,13 +429,17 @@ def _door(block: nn.Module, index: int) -> None:
 
 def _watch(layer: nn.Module, sums: _Accumulator) -> list[Any]:
     def read(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if getattr(_running, "batch", None) is None:
+            return  # not one of our passes: somebody else calls the layer meanwhile
         x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
         if isinstance(x, Tensor):
-            sums.read(x, _mask())
+            with torch.inference_mode(False), torch.no_grad():  # or what is summed could not leave the model's own mode
+                sums.read(x, _mask())
 
     def wrote(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            sums.wrote(output, _mask())
+        if isinstance(output, Tensor) and getattr(_running, "batch", None) is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                sums.wrote(output, _mask())
 
     return [layer.register_forward_pre_hook(read, with_kwargs=True), layer.register_forward_hook(wrote)]
 
@@ -427,11 +449,23 @@ def _mask() -> Tensor | None:
     return one.batch.get("attention_mask") if one is not None else None
 
 
-def _run(model: nn.Module, batch: Batch, device: torch.device | None) -> Any:
+def _reads_logits(model: nn.Module, layers: Any) -> bool:
+    """Whether the head is among the layers, so that it has to run over all tokens."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return True
+    return any(layer is head for layer in layers)
+
+
+def _run(model: nn.Module, batch: Batch, device: torch.device | None, logits: bool) -> Any:
     if device is None:
         with contextlib.suppress(StopIteration):
             device = next(model.parameters()).device
     forward = inspect.signature(type(model).forward).parameters
-    if "logits_to_keep" in forward and "labels" not in batch:  # nobody reads the logits here
+    config = getattr(model, "config", None)
+    if config is not None and not getattr(config, "is_encoder_decoder", False):  # nobody reads the loss here,
+        batch = {k: v for k, v in batch.items() if k != "labels"}
+    if "logits_to_keep" in forward and "labels" not in batch and not logits:  # nor the logits
         batch = {**batch, "logits_to_keep": 1}
     return call(model, batch, device)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +21,11 @@ class Calibration:
     """Calibration data with its own settings, for `calibration=` and `data=`.
 
     Args:
-        data: texts, tokenised sequences or batches, a `datasets.Dataset`, a DataLoader, or any iterable of these.
+        data: texts, tokenised sequences or batches, a `datasets.Dataset`, a DataLoader, or any iterable of these. Of a
+            tuple of tensors the first is read, and its others are not: a mask needs a batch that is a dict.
         tokenizer: for texts.
         samples: sequences to read at most.
-        length: tokens of a sequence that is cut from texts.
+        length: tokens of a sequence that is cut from texts; no more than the model has positions for.
         batch_size: sequences that are run together, where the data comes without batches.
     """
 
@@ -57,6 +60,11 @@ def batches(data: Any, tokenizer: Any = None, *, model: nn.Module | None = None,
     """
     if not isinstance(data, Calibration):
         data = Calibration(data, tokenizer, **settings)
+    elif data.tokenizer is None:
+        data = replace(data, tokenizer=tokenizer)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < data.length:
+        data = replace(data, length=positions)
     found = list(_stacked(_items(data), data))
     _check(found, model)
     return found
@@ -65,18 +73,22 @@ def batches(data: Any, tokenizer: Any = None, *, model: nn.Module | None = None,
 def _items(calibration: Calibration) -> Iterator[tuple[Batch, bool]]:
     """Batches, and single sequences without a batch dimension (True), as many sequences as were asked for."""
     left, data = calibration.samples, calibration.data
-    if isinstance(data, str | Mapping) or (isinstance(data, Tensor) and data.ndim == 1):
+    if isinstance(data, str) and os.path.exists(data):
+        raise BadOption(f"calibration data {data!r} is the name of a file: give what it holds")
+    if isinstance(data, np.ndarray) and data.dtype.kind in "biuf":
+        data = _tensor(data, "data")
+    if isinstance(data, str | Mapping) or (isinstance(data, Tensor) and data.ndim == 1) or _all(data, int):
         data = [data]
+    if not isinstance(data, Iterable) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        data = map(data.__getitem__, range(len(data)))  # a torch Dataset
     if not isinstance(data, Iterable):
         raise BadOption(
             f"calibration data is texts, token ids, batches, a dataset or a DataLoader, not a {type(data).__name__}"
         )
     for batch, single in _windows(data, calibration):
         rows = 1 if single else _rows(batch)
-        if rows > left:
-            batch = {
-                k: v[:left] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v for k, v in batch.items()
-            }
+        if rows > left and all(v.ndim and len(v) == rows for v in batch.values() if isinstance(v, Tensor)):
+            batch = {k: v[:left] if isinstance(v, Tensor) else v for k, v in batch.items()}
             rows = left
         yield batch, single
         left -= rows
@@ -105,29 +117,34 @@ def _windows(data: Iterable[Any], calibration: Calibration) -> Iterator[tuple[Ba
 def _texts(item: Any) -> list[str] | None:
     """The texts of an item, or None where it holds tokens."""
     if isinstance(item, Mapping) and "input_ids" not in item:
-        columns = [k for k, v in item.items() if _all_text(v)]
+        columns = [
+            k
+            for k, v in item.items()
+            if isinstance(v, str) or _all(v, str) or (k == "text" and isinstance(v, list) and not v)
+        ]
         column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
         if column is not None:
             item = item[column]
-        elif columns or not any(isinstance(v, Tensor) for v in item.values()):
+        elif columns or not any(isinstance(v, Tensor | np.ndarray) for v in item.values()):
             raise BadOption(
                 f"which column of the calibration data to read? It has {', '.join(map(str, item))}: name it 'text', or "
                 "tokenise it to 'input_ids'"
             )
     if isinstance(item, str):
         return [item]
-    return list(item) if _all_text(item) else None
+    return list(item) if _all(item, str) or (isinstance(item, list) and not item) else None
 
 
-def _all_text(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)
-    )
+def _all(value: Any, kind: type) -> bool:
+    """Whether a value is a list of nothing but this kind."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, kind) for v in value)
 
 
 def _tokens(text: str, tokenizer: Any) -> list[int]:
     if tokenizer is None:
         raise BadOption("the calibration data is texts: pass tokenizer= too")
+    if not callable(tokenizer):
+        raise BadOption(f"tokenizer={tokenizer!r:.100} cannot be called: pass the tokenizer itself")
     if not text.strip():
         return []
     ids = list(tokenizer(text, verbose=False)["input_ids"])
@@ -140,13 +157,15 @@ def _as_batch(item: Any) -> tuple[Batch, bool]:
     if isinstance(item, Mapping):
         batch = {}
         for key, value in item.items():
-            if isinstance(value, list | tuple):
+            if isinstance(value, np.ndarray) or (isinstance(value, list | tuple) and not _foreign(value)):
                 value = _tensor(value, key)
             if isinstance(value, Tensor) or key in ("use_cache", "return_dict"):
                 batch[key] = value.detach().cpu() if isinstance(value, Tensor) else value
         ids = batch.get("input_ids")
         return batch, ids is not None and ids.ndim == 1
-    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor) and item[0].ndim > 0:
+    if isinstance(item, list) and _all(item, Tensor) and item[0].ndim == 1:
+        item = _stack(item)
+    elif isinstance(item, list | tuple) and item and isinstance(item[0], Tensor) and item[0].ndim > 0:
         item = item[0]  # a TensorDataset's rows: the ids come first
     value = item.detach().cpu() if isinstance(item, Tensor) else _tensor(item, "input_ids")
     if value.ndim not in (1, 2):
@@ -154,7 +173,14 @@ def _as_batch(item: Any) -> tuple[Batch, bool]:
     return {"input_ids": value}, value.ndim == 1
 
 
+def _foreign(value: list | tuple) -> bool:
+    """Whether a column is none for a model: texts or messages beside the token ids."""
+    return bool(value) and isinstance(value[0], str | Mapping)
+
+
 def _tensor(value: Any, key: str) -> Tensor:
+    if isinstance(value, list) and _all(value, Tensor) and value[0].ndim:
+        return _stack(value)
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -165,7 +191,16 @@ def _tensor(value: Any, key: str) -> Tensor:
     return tensor.long() if tensor.numel() == 0 else tensor
 
 
+def _stack(rows: list[Tensor]) -> Tensor:
+    if len({r.shape for r in rows}) > 1:
+        raise BadOption("calibration: a batch's rows are not equally long: pad them, with a mask, or give them singly")
+    return torch.stack([r.detach().cpu() for r in rows])
+
+
 def _rows(batch: Batch) -> int:
+    ids = batch.get("input_ids")
+    if ids is not None and ids.ndim:
+        return len(ids)
     return max((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), default=1)
 
 
@@ -203,16 +238,19 @@ def _check(found: list[Batch], model: nn.Module | None) -> None:
         for key, value in batch.items():
             if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                 raise BadOption(f"the calibration data's {key} holds NaN or infinity")
-        for key in ("input_ids", "decoder_input_ids"):
+        for key in ("input_ids", "decoder_input_ids", *(["labels"] if _is_encoder_decoder(model) else [])):
             ids = batch.get(key)
-            if ids is None:
+            if ids is None or not ids.numel():
                 continue
             if ids.is_floating_point() or ids.dtype == torch.bool:
                 raise BadOption(f"the calibration data's {key} are {ids.dtype}: token ids are integers")
+            ids = batch[key] = ids.long()
+            if key == "labels":  # what an encoder-decoder makes its decoder's ids of; -100 is one that does not count
+                ids = ids.masked_fill(ids == -100, 0)
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or (size is not None and high >= size):
                 raise BadOption(
-                    f"the calibration data holds the token id {low if low < 0 else high}, and the model has embeddings "
+                    f"the calibration data's {key} hold the token id {low if low < 0 else high}, and the model has embeddings "
                     f"for 0 to {size - 1 if size else '...'}: it was tokenised for another model"
                 )
 
@@ -222,6 +260,8 @@ def _counts(batch: Batch) -> bool:
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and not mask.any():
         return False
+    if "input_ids" in batch:
+        return batch["input_ids"].numel() > 0
     return any(isinstance(v, Tensor) and v.numel() > 0 for k, v in batch.items() if k != "attention_mask")
 
 
@@ -232,11 +272,15 @@ def _vocabulary(model: nn.Module) -> int | None:
         return None
 
 
+def _is_encoder_decoder(model: nn.Module | None) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def call(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Any:
     """Run `model` on a batch of `batches`, without a cache; encoder-decoders read the input as their output too."""
     batch = {k: v.to(device) if isinstance(v, Tensor) and device is not None else v for k, v in batch.items()}
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and "input_ids" in batch:
+    if _is_encoder_decoder(model) and "input_ids" in batch:
         if "decoder_input_ids" not in batch and "labels" not in batch:
             batch["decoder_input_ids"] = batch["input_ids"]
     if config is not None and hasattr(config, "use_cache"):

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import json
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +110,20 @@ class Plan:
             if weight is not None and not weight.is_meta and f"{name}.weight" not in missing_keys:
                 self._arrive(model, name, weight.detach())
         missing = {f"{n}.weight" for n in self.selection.targets if n not in self.record.quantizers}
-        missing |= {k for k in missing_keys if k.rpartition(".")[0] in self.selection.targets}
-        if missing:
-            raise BadFolder(f"the checkpoint lacks {len(missing)} weights of its own model, {min(missing)} first")
+        _check_complete([*missing, *missing_keys], self.selection.targets)
         for name in self.selection.targets:  # a bias that came after its weight
             model.get_submodule(name).requires_grad_(False)
         shapes = {n: tuple(_shape(model, n)) for n in self._samples}
         self.record.fingerprint = marks.fingerprint(shapes, self._samples)
         hf.mark(model, self.record)
         _trim()
+
+
+def _check_complete(missing_keys: Iterable[str], targets: Collection[str]) -> None:
+    """transformers draws missing weights at random; those of layers that are to be quantized must be there."""
+    missing = {key for key in missing_keys if key.rpartition(".")[0] in targets}
+    if missing:
+        raise BadFolder(f"the checkpoint lacks {len(missing)} weights of its own model, {min(missing)} first")
 
 
 def _trim() -> None:
@@ -146,12 +151,20 @@ def with_weight(old: nn.Module, value: Tensor) -> nn.Module:
 
 
 def load_quantized(
-    path: str, plan: Plan | None, device: torch.device | None, progress: bool, **kwargs: Any
+    path: str,
+    plan: Plan | None,
+    device: torch.device | None,
+    progress: bool,
+    needed: Callable[[nn.Module], Collection[str]] | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """`from_pretrained` of the model class that the config names, quantizing as `plan` says.
 
+    Args:
+        needed: without a plan: names of the layers whose weights the folder must hold.
+
     Raises:
-        BadFolder: no such folder, or files that cannot be read.
+        BadFolder: no such folder, or files that cannot be read, or that lack weights.
     """
     if device is not None:
         kwargs.setdefault("device_map", {"": device})
@@ -184,6 +197,8 @@ def load_quantized(
         plan.finish(model, info["missing_keys"])
     elif missing := _missing_codes(model, info["missing_keys"]):
         raise BadFolder(f"{path} lacks {len(missing)} of the model's quantized weights, {min(missing)} first")
+    elif needed is not None:
+        _check_complete(info["missing_keys"], needed(model))
     return model
 
 

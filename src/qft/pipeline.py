@@ -90,10 +90,17 @@ def wrap(
         originals, groups = Originals.of(original, record), None
         if chosen.needs is not None:
             source = original if isinstance(original, nn.Module) else model
+            for name in run.quantized_targets() if source is original else ():
+                originals(name)  # it has every layer
             read = batches(calibration, tokenizer, model=source)
             groups = collect(source, run.quantized_targets(), read, chosen.needs)
         run.run_over(originals, groups)
-    return _wrap_lora(model, adapter, run, record, forward)
+    try:
+        return _wrap_lora(model, adapter, run, record, forward)
+    except BaseException:
+        if run is not None:
+            run.undo()
+        raise
 
 
 def _adapter(adapter: PeftConfig | None) -> PeftConfig:
@@ -134,6 +141,8 @@ def _check_init(init: Any, adapter: LoraConfig, quantizers: Iterable[Quantizer],
             f"{init!r} fits adapters as wide as the weight, and group-pooled ones (use_qalora) are not: leave init out"
         )
     quantizers = list(quantizers)
+    if init.needs not in (None, "diagonal", "full"):
+        raise BadOption(f"{init!r}: needs={init.needs!r}; it is None, 'diagonal' or 'full'")
     if init.needs is not None and calibration is None:
         raise NeedsCalibration(
             f"{init!r} weighs the error by what the layers read: pass calibration= (texts with tokenizer=, batches, a "
@@ -250,8 +259,8 @@ def quantize_and_wrap(
     if is_lora(adapter):
         chosen, adapter = resolve_init(init, adapter)
         check_config(adapter)
-        already = isinstance(model_or_path, nn.Module) and hf.adopt(model_or_path) is not None
-        chosen = _settle_auto(chosen, calibration, floats=not already)
+        floats = not isinstance(model_or_path, nn.Module) or hf.adopt(model_or_path) is None
+        chosen = _settle_auto(chosen, calibration, floats=floats)
         if chosen is not None:
             _check_init(chosen, adapter, quantizers, calibration)
             run = InitRun(chosen, adapter)

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,11 +208,14 @@ def _quantize_in_memory(
     one_by_one = (device is None or data is not None) and all(
         type(q).quantize is Quantizer.quantize for q in set(selection.targets.values())
     )
-    groups: Iterable[Group] = [Group(list(selection.targets), {})]
+    groups: Iterator[Group] = (Group(list(selection.targets), {}) for _ in range(1))
     if data is not None:
         kinds = data.kinds(selection.targets)
         groups = collect(model, list(selection.targets), read, kinds, device=device, progress=progress)
-    with _all_or_marked(model, record, f"{len(selection.targets)} layers were to be quantized", one_by_one):
+    with (
+        closing(groups),
+        _all_or_marked(model, record, f"{len(selection.targets)} layers were to be quantized", one_by_one),
+    ):
         for group in groups:
             for q, names in _by_quantizer(selection.targets, group.names).items():
                 bar = _bar(progress and data is None, f"quantizing to {q.name}")
@@ -258,7 +261,14 @@ def _quantize_path(
     if stored and on_weight is not None:
         raise NeedsOriginal(f"{path} is quantized already ({stored}), and the init needs the float weights: load those")
     if data is not None and not stored:  # statistics take a model that runs: it waits in host memory, block by block
-        model = load_quantized(path, None, torch.device("cpu"), progress, **options)
+        model = load_quantized(
+            path,
+            None,
+            torch.device("cpu"),
+            progress,
+            needed=lambda model: select(model, spec.quantizers, skip).targets,
+            **options,
+        )
         return _quantize_in_memory(model, spec, skip, device, progress, on_weight, prepare, data)
     plan = None if stored else Plan(spec.quantizers, skip, on_weight, prepare)
     if plan is not None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from qft.activations import Statistics, StatisticsKind
+from qft.errors import BadOption
 
 
 class AdapterInit(ABC):
@@ -83,5 +84,9 @@ class FromFunction(AdapterInit):
         statistics: Any = None,
         roundtrip: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        a, b = self.function(weight, quantized, rank, scaling, statistics=statistics)[:2]
-        return a, b, None
+        made = self.function(weight, quantized, rank, scaling, statistics=statistics)
+        if not isinstance(made, tuple | list) or len(made) != 2 or not all(isinstance(t, Tensor) for t in made):
+            raise BadOption(
+                f"{self!r} is to return the tensors (A, B); an init that changes Ŵ subclasses qft.AdapterInit"
+            )
+        return *made, None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import LoraConfig
+from torch import nn
 
 from qft.errors import BadOption, NeedsOriginal
 from qft.inits.base import AdapterInit, FromFunction
@@ -74,16 +75,23 @@ def make_init(init: Any) -> AdapterInit | None:
         known = [f.name for f in dataclasses.fields(found)]
         if unknown := [k for k in options if k not in known]:
             raise BadOption(f"{init!r}: {name} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-        return found(**options)
+        return _made(found, options)
     if isinstance(init, AdapterInit):
         return init
     if isinstance(init, type) and issubclass(init, AdapterInit):
-        return init()
-    if callable(init) and not isinstance(init, type):
+        return _made(init, {})
+    if callable(init) and not isinstance(init, type | nn.Module):
         return FromFunction(init)
     raise BadOption(
         f"init={init!r:.100} is no init: give a name such as 'loftq', an object such as qft.LoftQ(steps=5), or a function"
     )
+
+
+def _made(cls: type[AdapterInit], options: dict[str, Any]) -> AdapterInit:
+    try:
+        return cls(**options)
+    except TypeError as error:  # abstract, or an option without a default
+        raise BadOption(f"init {cls.__name__}: {error}") from error
 
 
 def resolve_init(init: Any, config: LoraConfig) -> tuple[AdapterInit | None, LoraConfig]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from qft.activations import Group, Statistics
-from qft.errors import AdapterMismatch, BadShape, NonFiniteWeights, UnsupportedOperation
+from qft.errors import AdapterMismatch, BadOption, BadShape, NonFiniteWeights, QftWarning, UnsupportedOperation
 from qft.inits.base import AdapterInit
 from qft.lora.layer import QftLinear
 from qft.lora.model import targeted
@@ -82,6 +84,7 @@ class InitRun:
         self.ranks: dict[str, int] = {}
         self.report = InitReport(repr(self.init))
         self.base_changed = False
+        self._undo: list[tuple[Quantizer, Any, Any]] = []
         if self.model is not None:
             self.over(self.model)
 
@@ -110,10 +113,13 @@ class InitRun:
         rank, scaling = found
         init, device = self.init, _fast(weight.device)
         quantizer, handle = _quantizer_and_handle(self.model, name)
-        roundtrip = None
+        roundtrip, saved = None, None
         if quantizer.capabilities.requantize:
 
             def roundtrip(value: Tensor) -> Tensor:
+                nonlocal saved
+                if saved is None:
+                    saved = quantizer.snapshot(handle)
                 quantizer.requantize(handle, value)
                 return quantizer.dequantize(handle, dtype=torch.float32).to(device)
 
@@ -123,10 +129,16 @@ class InitRun:
                 "iterated_loftq); one step, qft.LoftQ(), leaves them alone"
             )
         statistics = statistics if init.needs else None
-        saved = quantizer.snapshot(handle) if init.changes_base else None
         w, w_hat = weight.to(device, torch.float32), quantized.to(device, torch.float32)
-        a, b, base = init(w, w_hat, rank, scaling, statistics=statistics, roundtrip=roundtrip)
-        _check(init, name, a, b, rank, w.shape)
+        try:
+            a, b, base = init(w, w_hat, rank, scaling, statistics=statistics, roundtrip=roundtrip)
+            _check(init, name, a, b, rank, w.shape)
+            if base is not None and not init.changes_base:
+                raise BadOption(f"{init!r} gave another base for {name}, and its changes_base says that it never does")
+        except BaseException:
+            if saved is not None:
+                quantizer.restore(handle, saved)
+            raise
         whole, before = init.error(w, statistics) or 1.0, init.error(w - w_hat, statistics)
         if base is not None:
             w_hat = roundtrip(base)
@@ -151,10 +163,10 @@ class InitRun:
         Raises:
             AdapterMismatch: a weight of another shape. Where anything is raised, the quantized weights are as they were.
         """
-        changed = []
+        whole = [Group(self.quantized_targets(), {})] if groups is None else groups
         try:
-            for group in groups if groups is not None else [Group(self.quantized_targets(), {})]:
-                for name in group.names:
+            with closing(groups) if groups is not None else nullcontext():
+                for name, statistics in ((n, g.statistics.get(n)) for g in whole for n in g.names):
                     quantizer, handle = _quantizer_and_handle(self.model, name)
                     quantized, weight = quantizer.dequantize(handle, dtype=torch.float32), original(name)
                     if weight.shape != quantized.shape:
@@ -163,12 +175,17 @@ class InitRun:
                             "it is the original of another model"
                         )
                     if self.init.changes_base:
-                        changed.append((quantizer, handle, quantizer.snapshot(handle)))
-                    self.on_weight(name, weight.to(quantized.device), quantized, group.statistics.get(name))
+                        self._undo.append((quantizer, handle, quantizer.snapshot(handle)))
+                    self.on_weight(name, weight.to(quantized.device), quantized, statistics)
         except BaseException:
-            for quantizer, handle, saved in changed:
-                quantizer.restore(handle, saved)
+            self.undo()
             raise
+
+    def undo(self) -> None:
+        """Put back what `run_over` changed of the quantized weights, to the bit."""
+        while self._undo:
+            quantizer, handle, saved = self._undo.pop()
+            quantizer.restore(handle, saved)
 
     def quantized_targets(self) -> list[str]:
         """The layers to start on: those of the config that are quantized."""
@@ -194,6 +211,8 @@ class InitRun:
         record.init = repr(self.init)
         record.base_changed |= self.base_changed
         peft_model.init_report = self.report
+        if len(self.report.rolled_back) == len(self.report.weights) > 0:
+            warnings.warn(f"the init did nothing: {self.report}", QftWarning, stacklevel=4)
 
 
 def _check(init: AdapterInit, name: str, a: Tensor, b: Tensor, rank: int, shape: Mapping[int, int] | Any) -> None:
