@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,14 @@ def _require_adapters(model: nn.Module) -> None:
         model.base_model._check_merge_allowed()
 
 
+def _require_float_merge(model: nn.Module) -> None:
+    record = marks.record_of(model)
+    if record is None and hf.adopt(model) is None and not hasattr(model, "peft_config"):
+        raise BadOption("this model is neither quantized nor wrapped: it is a float model already")
+    if hasattr(model, "peft_config"):
+        _require_adapters(model)
+
+
 def merge(model: nn.Module) -> MergeReport:
     """Merge the active adapters into the quantized base, in place.
 
@@ -139,11 +148,7 @@ def merge_to_float(model: nn.Module, *, dtype: str | torch.dtype | None = None) 
         UnsupportedOperation: a backend whose weights cannot be had as floats, or an adapter that cannot be merged.
         NonFiniteWeights: an adapter with NaN or infinity.
     """
-    record = marks.record_of(model)
-    if record is None and hf.adopt(model) is None and not hasattr(model, "peft_config"):
-        raise BadOption("this model is neither quantized nor wrapped: it is a float model already")
-    if hasattr(model, "peft_config"):
-        _require_adapters(model)
+    _require_float_merge(model)
     wanted = None if dtype is None else as_float_dtype(dtype)
     base = marks.base_model(model)
     report = MergeReport("float")
@@ -156,6 +161,17 @@ def merge_to_float(model: nn.Module, *, dtype: str | torch.dtype | None = None) 
         if new is not None:
             memo[id(module)] = new
             inside.update(id(m) for m in module.modules())
+    plain = _copy_bare(base, memo)
+    _settle_tie(plain)
+    if wanted is not None:
+        _cast(plain, wanted)
+    plain.requires_grad_(True)
+    plain.merge_report = report
+    return plain
+
+
+def _copy_bare(base: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy with the modules and tensors of `memo` in their places, and without anybody's marks."""
     memo[id(getattr(base, "hf_quantizer", None))] = None
     kept = base.__dict__.pop("_qft", None)
     try:
@@ -164,13 +180,6 @@ def merge_to_float(model: nn.Module, *, dtype: str | torch.dtype | None = None) 
         if kept is not None:
             base.__dict__["_qft"] = kept
     _clean(plain)
-    _settle_tie(plain)
-    if wanted is not None:
-        plain.to(wanted)
-        if hasattr(plain, "config"):
-            plain.config.dtype = wanted
-    plain.requires_grad_(True)
-    plain.merge_report = report
     return plain
 
 
@@ -224,19 +233,12 @@ def _float_layer(
 ) -> nn.Module:
     if not quantizer.capabilities.merge_to_float:
         raise UnsupportedOperation(f"{quantizer!r} cannot give its weights as floats (capability merge_to_float)")
-    out_features, in_features = handle.shape
     bias = handle.bias if bias is None else bias
     if float(value.abs().max()) > torch.finfo(dtype or handle.dtype).max:
         raise NonFiniteWeights(
             f"a merged weight is too large for {dtype or handle.dtype}; dtype=torch.float32 holds it"
         )
-    with torch.device("meta"):
-        if handle.kind == "conv1d":
-            from transformers.pytorch_utils import Conv1D
-
-            new: nn.Module = Conv1D(out_features, in_features)
-        else:
-            new = nn.Linear(in_features, out_features, bias=bias is not None)
+    new = _empty_layer(handle, dtype, bias is not None)
     dtype = dtype or handle.dtype
     new.weight = nn.Parameter((value.T if handle.transposed else value).to(dtype).contiguous())
     if bias is not None:
@@ -245,7 +247,36 @@ def _float_layer(
     return new
 
 
-def _settle_tie(plain: nn.Module) -> None:
+def _empty_layer(handle: QuantizedWeight, dtype: torch.dtype | None, bias: bool) -> nn.Module:
+    """The float layer that a quantized one came from, on "meta"."""
+    out_features, in_features = handle.shape
+    with torch.device("meta"):
+        if handle.kind == "conv1d":
+            from transformers.pytorch_utils import Conv1D
+
+            new: nn.Module = Conv1D(out_features, in_features)
+        else:
+            new = nn.Linear(in_features, out_features, bias=bias)
+    return new.to(dtype or handle.dtype)
+
+
+def _cast(plain: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what a file would hold, as `from_pretrained(dtype=dtype)` does.
+
+    Buffers that no file holds, such as rotary frequencies, stay as they were computed: 16 bit would spoil them.
+    """
+    plan = plain._get_dtype_plan(dtype) if hasattr(plain, "_get_dtype_plan") else {}
+    in_float32 = re.compile("|".join(glob.replace("*", ".*") for glob in plan) or "(?!)")
+    for prefix, module in plain.named_modules():
+        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for name, tensor in [*module._parameters.items(), *buffers.items()]:
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.float32 if in_float32.search(f"{prefix}.{name}") else dtype)
+    if hasattr(plain, "config"):
+        plain.config.dtype = dtype
+
+
+def _settle_tie(plain: nn.Module, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:
     """Say in the config whether head and embedding still share their weight: training one of them parts them."""
     config = getattr(plain, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
@@ -254,7 +285,7 @@ def _settle_tie(plain: nn.Module) -> None:
         head, embedding = plain.get_output_embeddings().weight, plain.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):
         return
-    if head is not embedding and torch.equal(head, embedding):
+    if head is not embedding and same(head, embedding):
         plain.tie_weights()
     elif head is not embedding:
         config.tie_word_embeddings = False
