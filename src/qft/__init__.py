@@ -26,6 +26,7 @@ from qft.errors import (
     UnsupportedDevice,
     UnsupportedOperation,
 )
+from qft.exporting import export
 from qft.inits import AdapterInit
 from qft.inits.loftq import LoftQ
 from qft.merging import MergeReport, merge, merge_to_float, unmerge
@@ -85,6 +86,7 @@ __all__ = [
     "available_quantizers",
     "capabilities",
     "errors",
+    "export",
     "get_quantizer",
     "load",
     "merge",

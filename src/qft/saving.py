@@ -28,7 +28,7 @@ def atomic_folder(folder: str | os.PathLike[str], *, drop: Sequence[str] = ()) -
     Files of the old folder that the new one does not write are kept, save those that match a pattern of `drop`.
     """
     final = as_path(folder)
-    if final.exists() and not final.is_dir():
+    if os.path.exists(final) and not os.path.isdir(final):  # False, too, where looking is not allowed
         raise BadFolder(f"{final} is a file, and a folder is to be written there")
     host = f".{final.name}.partial-{platform.node()}-"
     try:
