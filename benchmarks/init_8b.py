@@ -1,6 +1,6 @@
 """Seconds and memory of each init over an 8B Llama shape that sits on the GPU, quantized and wrapped in one go.
 
-    python benchmarks/init_8b.py --out benchmarks/results/init_8b.json [--layers 32]
+python benchmarks/init_8b.py --out benchmarks/results/init_8b.json [--layers 32]
 """
 
 import argparse

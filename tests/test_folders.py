@@ -207,19 +207,6 @@ def test_a_mixture_of_experts_from_a_folder(tmp_path):
     assert torch.equal(logits(model), logits(expected))
 
 
-@pytest.fixture
-def fused_on_disk(monkeypatch):
-    """Llamas whose files hold gate_proj and up_proj as one tensor, and q, k and v: some models' files do."""
-    from transformers import conversion_mapping
-    from transformers.core_model_loading import Chunk, WeightConverter
-
-    conversion_mapping.get_checkpoint_conversion_mapping("llama")
-    gate_up = WeightConverter("mlp.gate_up_proj.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)])
-    qkv = WeightConverter("attn.qkv", ["attn.q_proj", "attn.k_proj", "attn.v_proj"], [Chunk(dim=0)])
-    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [gate_up, qkv])
-    return lambda: llama(num_key_value_heads=4)
-
-
 @pytest.mark.parametrize("skip", [None, ["gate_proj"], ["up_proj", "q_proj"]])
 @pytest.mark.parametrize("spec", ["nf4", "int8", "reference"])
 def test_weights_that_are_fused_on_disk(fused_on_disk, tmp_path, spec, skip):

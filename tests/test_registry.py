@@ -21,7 +21,7 @@ from qft.registry import parse_spec
 
 PUBLIC = {
     # verbs
-    "audit available_quantizers capabilities get_quantizer load merge merge_to_float prepare_model_for_kbit_training",
+    "audit available_quantizers capabilities export get_quantizer load merge merge_to_float prepare_model_for_kbit_training",
     "quantize quantize_and_wrap register_quantizer save unmerge wrap",
     # what they take and give
     "AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Capabilities LoftQ MergeReport PackedLinear QuantizedWeight",

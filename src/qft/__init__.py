@@ -28,6 +28,7 @@ from qft.errors import (
     UnsupportedDevice,
     UnsupportedOperation,
 )
+from qft.exporting import export
 from qft.inits import QERA, AdapterInit, InitReport, LoftQ, OLoRA, PiSSA, QERAFull, register_init
 from qft.merging import MergeReport, merge, merge_to_float, unmerge
 from qft.packed import PackedLinear, TensorQuantizer
@@ -93,6 +94,7 @@ __all__ = [
     "available_quantizers",
     "capabilities",
     "errors",
+    "export",
     "get_quantizer",
     "load",
     "merge",

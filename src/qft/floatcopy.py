@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,65 +26,28 @@ from qft.registry import quantizer_of
 HOST = torch.device("cpu")
 
 
-class FloatCopy:
-    """One float copy in the making.
+class FloatLayers:
+    """The float module in the place of each quantized or wrapped one.
 
     Args:
-        base: the model under PEFT's wrapper; it stays as it is.
-        dtype: of the copy; None is that of the float model.
+        dtype: of the floats; None is that of the float model.
         originals: the weights to put what was learnt on; None takes the dequantized ones.
 
     Attributes:
         weights: layer name → what merging did to it; adapted layers only.
-
-    Raises:
-        UnsupportedDevice: neither the device nor the host has room; nothing was allocated.
     """
 
-    def __init__(self, base: nn.Module, dtype: torch.dtype | None, originals: Originals | None):
-        self.base, self.dtype, self.originals = base, dtype, originals
+    def __init__(self, dtype: torch.dtype | None, originals: Originals | None):
+        self.dtype, self.originals = dtype, originals
         self.weights: dict[str, WeightMerge] = {}
-        self.on_host = _overflows(base, dtype)
 
-    def build(self) -> nn.Module:
-        """The copy.
+    def __call__(self, module: nn.Module, name: str) -> nn.Module | None:
+        """The float module; None for what is copied as it is.
 
         Raises:
             UnsupportedOperation: a backend that gives no floats, or an adapter that cannot be merged.
             NonFiniteWeights: NaN or infinity in an adapter, or a weight that is too large for the dtype.
         """
-        base, memo, inside = self.base, {}, set()
-        for name, module in base.named_modules():
-            if id(module) in inside:
-                continue
-            new = self._counterpart(module, name)
-            if new is not None:
-                memo[id(module)] = new.to(HOST) if self.on_host else new
-                inside.update(id(m) for m in module.modules())
-            elif self.on_host:
-                for p in module.parameters(recurse=False):
-                    memo.setdefault(id(p), nn.Parameter(p.detach().to(HOST, copy=True), p.requires_grad))
-                for b in module.buffers(recurse=False):
-                    memo.setdefault(id(b), b.detach().to(HOST, copy=True))
-        memo[id(getattr(base, "hf_quantizer", None))] = None
-        kept = base.__dict__.pop("_qft", None)
-        try:
-            plain = copy.deepcopy(base, memo)
-        finally:
-            if kept is not None:
-                base.__dict__["_qft"] = kept
-        _clean(plain)
-        _settle_tie(plain)
-        if self.on_host:
-            _undispatch(plain)
-        if self.dtype is not None:
-            plain.to(self.dtype)
-            if hasattr(plain, "config"):
-                plain.config.dtype = self.dtype
-        return plain.requires_grad_(True)
-
-    def _counterpart(self, module: nn.Module, name: str) -> nn.Module | None:
-        """The float module in the place of a quantized or wrapped one; None for what is copied as it is."""
         if isinstance(module, QftLinear):
             return self._merged(module, name)
         if isinstance(module, ModulesToSaveWrapper):
@@ -133,18 +98,11 @@ class FloatCopy:
     ) -> nn.Module:
         if not quantizer.capabilities.merge_to_float:
             raise UnsupportedOperation(f"{quantizer!r} cannot give its weights as floats (capability merge_to_float)")
-        out_features, in_features = handle.shape
         bias = handle.bias if bias is None else bias
         dtype = self.dtype or handle.dtype
         if float(value.abs().max()) > torch.finfo(dtype).max:
             raise NonFiniteWeights(f"a merged weight is too large for {dtype}; dtype=torch.float32 holds it")
-        with torch.device("meta"):
-            if handle.kind == "conv1d":
-                from transformers.pytorch_utils import Conv1D
-
-                new: nn.Module = Conv1D(out_features, in_features)
-            else:
-                new = nn.Linear(in_features, out_features, bias=bias is not None)
+        new = empty_layer(handle, dtype, bias is not None)
         # one's own memory: the value may be the original model's weight, or a view of a float layer's
         weight = (value.T if handle.transposed else value).to(dtype, copy=True, memory_format=torch.contiguous_format)
         new.weight = nn.Parameter(weight)
@@ -152,6 +110,94 @@ class FloatCopy:
             new.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
         new.train(handle.module.training)
         return new
+
+
+def empty_layer(handle: QuantizedWeight, dtype: torch.dtype | None, bias: bool) -> nn.Module:
+    """The float layer that a quantized one came from, on "meta"."""
+    out_features, in_features = handle.shape
+    with torch.device("meta"):
+        if handle.kind == "conv1d":
+            from transformers.pytorch_utils import Conv1D
+
+            new: nn.Module = Conv1D(out_features, in_features)
+        else:
+            new = nn.Linear(in_features, out_features, bias=bias)
+    return new.to(dtype or handle.dtype)
+
+
+class FloatCopy:
+    """One float copy in the making.
+
+    Args:
+        base: the model under PEFT's wrapper; it stays as it is.
+        dtype, originals: as in `FloatLayers`.
+
+    Raises:
+        UnsupportedDevice: neither the device nor the host has room; nothing was allocated.
+    """
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype | None, originals: Originals | None):
+        self.base, self.dtype = base, dtype
+        self.layers = FloatLayers(dtype, originals)
+        self.on_host = _overflows(base, dtype)
+
+    @property
+    def weights(self) -> dict[str, WeightMerge]:
+        """Layer name → what merging did to it; adapted layers only."""
+        return self.layers.weights
+
+    def build(self) -> nn.Module:
+        """The copy; raises what `FloatLayers` raises."""
+        base, inside = self.base, set()
+        memo: dict[int, Any] = {}
+        for name, module in base.named_modules():
+            if id(module) in inside:
+                continue
+            new = self.layers(module, name)
+            if new is not None:
+                memo[id(module)] = new.to(HOST) if self.on_host else new
+                inside.update(id(m) for m in module.modules())
+            elif self.on_host:
+                for p in module.parameters(recurse=False):
+                    memo.setdefault(id(p), nn.Parameter(p.detach().to(HOST, copy=True), p.requires_grad))
+                for b in module.buffers(recurse=False):
+                    memo.setdefault(id(b), b.detach().to(HOST, copy=True))
+        plain = copy_bare(base, memo)
+        settle_tie(plain)
+        if self.on_host:
+            _undispatch(plain)
+        if self.dtype is not None:
+            cast(plain, self.dtype)
+        return plain.requires_grad_(True)
+
+
+def copy_bare(base: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy with the modules and tensors of `memo` in their places, and without anybody's marks."""
+    memo[id(getattr(base, "hf_quantizer", None))] = None
+    kept = base.__dict__.pop("_qft", None)
+    try:
+        plain = copy.deepcopy(base, memo)
+    finally:
+        if kept is not None:
+            base.__dict__["_qft"] = kept
+    _clean(plain)
+    return plain
+
+
+def cast(plain: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what a file would hold, as `from_pretrained(dtype=dtype)` does.
+
+    Buffers that no file holds, such as rotary frequencies, stay as they were computed: 16 bit would spoil them.
+    """
+    plan = plain._get_dtype_plan(dtype) if hasattr(plain, "_get_dtype_plan") else {}
+    in_float32 = re.compile("|".join(glob.replace("*", ".*") for glob in plan) or "(?!)")
+    for prefix, module in plain.named_modules():
+        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for name, tensor in [*module._parameters.items(), *buffers.items()]:
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.float32 if in_float32.search(f"{prefix}.{name}") else dtype)
+    if hasattr(plain, "config"):
+        plain.config.dtype = dtype
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
@@ -230,7 +276,7 @@ def _overflows(base: nn.Module, dtype: torch.dtype | None) -> bool:
 # ---- what a copy must not have ---------------------------------------------------------------------------
 
 
-def _settle_tie(plain: nn.Module) -> None:
+def settle_tie(plain: nn.Module, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:
     """Say in the config whether head and embedding still share their weight: training one of them parts them."""
     config = getattr(plain, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
@@ -239,7 +285,7 @@ def _settle_tie(plain: nn.Module) -> None:
         head, embedding = plain.get_output_embeddings().weight, plain.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):
         return
-    if head is not embedding and torch.equal(head, embedding):
+    if head is not embedding and same(head, embedding):
         plain.tie_weights()
     elif head is not embedding:
         config.tie_word_embeddings = False

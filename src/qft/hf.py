@@ -247,14 +247,9 @@ def _keep_codes_apart(model: nn.Module) -> None:
     transformers splits or fuses weights of some models while it loads them, and undoes that where it saves, with codes
     and constants as with floats: what it writes cannot be read. Unfused, it can.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightConverter
+    from transformers.core_model_loading import WeightConverter
 
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:  # what save_pretrained takes for a model that was built in memory
-        conversions = [
-            c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)
-        ]
+    conversions = weight_conversions(model)
     weights = [f"{name}.weight" for name, module in bare_layers(model) if quantizer_of(module) is not None]
 
     def touches(conversion: Any) -> bool:
@@ -270,6 +265,19 @@ def _keep_codes_apart(model: nn.Module) -> None:
     if len(kept) < len(conversions):
         model.__dict__.setdefault("_qft_conversions", getattr(model, "_weight_conversions", None))
         model._weight_conversions = kept
+
+
+def weight_conversions(model: nn.Module) -> list[Any]:
+    """What transformers renames, splits or fuses in the model's files, as `save_pretrained` finds it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # a model that was built in memory
+        conversions = [
+            c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)
+        ]
+    return conversions
 
 
 def _unquantized_linears(model: nn.Module) -> list[str]:

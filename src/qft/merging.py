@@ -140,6 +140,22 @@ def _require_adapters(model: nn.Module) -> None:
         model.base_model._check_merge_allowed()
 
 
+def require_float_merge(model: nn.Module) -> None:
+    """Raise `BadOption` over a model that is float already, and what adapters that cannot be merged raise."""
+    if marks.record_of(model) is None and hf.adopt(model) is None and not hasattr(model, "peft_config"):
+        raise BadOption("this model is neither quantized nor wrapped: it is a float model already")
+    if hasattr(model, "peft_config"):
+        _require_adapters(model)
+
+
+def originals_for_floats(model: nn.Module, original: Any) -> Originals | None:
+    """`original=` of a merge into floats, once it is known that what was learnt can be added to it."""
+    if original is None:
+        return None
+    plan = {n: (m, [] if m.disable_adapters else _taken(m)) for n, m in _layers(model)}
+    return learnt_over(marks.base_model(model), original, plan)
+
+
 def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer: Any = None) -> MergeReport:
     """Merge the active adapters into the quantized base, in place.
 
@@ -298,22 +314,15 @@ def merge_to_float(
         UnsupportedDevice: neither the device nor the host has room for the float model.
         AdapterMismatch, BadFolder, BadOption, NeedsCalibration: as in `merge`.
     """
-    if marks.record_of(model) is None and hf.adopt(model) is None and not hasattr(model, "peft_config"):
-        raise BadOption("this model is neither quantized nor wrapped: it is a float model already")
-    if hasattr(model, "peft_config"):
-        _require_adapters(model)
+    require_float_merge(model)
     wanted = None if dtype is None else as_float_dtype(dtype)
-    base = marks.base_model(model)
-    originals = None
-    if original is not None:
-        plan = {n: (m, [] if m.disable_adapters else _taken(m)) for n, m in _layers(model)}
-        originals = learnt_over(base, original, plan)
+    originals = originals_for_floats(model, original)
     probe = None if data is None else Probe(model, data, tokenizer)
     if data is not None and any(m.merged and m.disable_adapters for _, m in _layers(model)):
         raise BadOption(
             "the adapters are merged and disabled, and running the model would unmerge them: qft.unmerge it"
         )
-    made = FloatCopy(base, wanted, originals)
+    made = FloatCopy(marks.base_model(model), wanted, originals)
     plain = made.build()
     report = MergeReport("float", made.weights, "dequantized" if originals is None else "original")
     if probe is not None:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ NOTE = "qft.json"
 
 
 @contextmanager
-def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(folder: str | os.PathLike[str], *, drop: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well; else the old one stays.
 
-    Files of the old folder that the new one does not write are kept.
+    Files of the old folder that the new one does not write are kept, save those that match a pattern of `drop`.
     """
     final = as_path(folder)
-    if final.exists() and not final.is_dir():
+    if os.path.exists(final) and not os.path.isdir(final):  # False, too, where looking is not allowed
         raise BadFolder(f"{final} is a file, and a folder is to be written there")
     host = f".{final.name}.partial-{platform.node()}-"
     try:
@@ -45,18 +45,34 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield partial
         final.mkdir(exist_ok=True)
-        for path in sorted(partial.rglob("*")):
-            target = final / path.relative_to(partial)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
+        _move_in(partial, final, drop)
     except OSError as error:
         if isinstance(error, QftError):
             raise
         raise BadFolder(f"cannot write to {final}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move_in(partial: Path, final: Path, drop: Sequence[str]) -> None:
+    """Give every new file its place; where one cannot have it, all old ones are put back."""
+    new = sorted(partial.rglob("*"))
+    old = {path for pattern in drop for path in final.glob(pattern)}
+    old |= {final / path.relative_to(partial) for path in new}
+    attic = partial / ".replaced"
+    attic.mkdir()
+    moves = [(path, attic / str(i)) for i, path in enumerate(sorted(old)) if path.is_file()]
+    moves += [(path, final / path.relative_to(partial)) for path in new if not path.is_dir()]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        raise
 
 
 def as_path(folder: Any) -> Path:
