@@ -22,10 +22,10 @@ from qft.registry import parse_spec
 PUBLIC = {
     # verbs
     "audit available_quantizers capabilities get_quantizer load merge merge_to_float prepare_model_for_kbit_training",
-    "quantize quantize_and_wrap register_quantizer save unmerge wrap",
+    "quantize quantize_and_wrap register_quantizer save transfer unmerge wrap",
     # what they take and give
     "AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Capabilities LoftQ MergeReport PackedLinear QuantizedWeight",
-    "Quantizer QuantizerInfo Reference TensorQuantizer",
+    "Quantizer QuantizerInfo Reference TensorQuantizer TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",
     "NoTargets NonFiniteWeights PartlyQuantized QftError QftWarning UnknownQuantizer UnsupportedDevice",
