@@ -10,6 +10,7 @@ from qft import errors
 from qft.activations import Statistics
 from qft.audit import Audit, audit
 from qft.calibration import Calibration
+from qft.carrying import TransferReport
 from qft.errors import (
     AdapterMismatch,
     AlreadyQuantized,
@@ -45,6 +46,7 @@ from qft.registry import (
 )
 from qft.restoring import load
 from qft.saving import save
+from qft.transferring import transfer
 
 if _typing.TYPE_CHECKING:
     from qft import testing
@@ -87,6 +89,7 @@ __all__ = [
     "Reference",
     "Statistics",
     "TensorQuantizer",
+    "TransferReport",
     "UnknownQuantizer",
     "UnsupportedDevice",
     "UnsupportedOperation",
@@ -106,6 +109,7 @@ __all__ = [
     "register_quantizer",
     "save",
     "testing",
+    "transfer",
     "unmerge",
     "wrap",
 ]

@@ -21,17 +21,16 @@ REFUSALS = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError
 
 
 @contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Run a block that wraps, freezes or marks modules; where it raises, the model is what it was.
+def as_it_was(model: nn.Module, *, always: bool = False) -> Iterator[None]:
+    """Run a block that wraps, freezes or marks modules; where it raises, or `always`, the model is what it was.
 
     Submodules, attributes, hooks, training modes and `requires_grad` come back. The values of tensors do not: the
     block must leave those alone.
     """
     modules = [(m, _shallow(m.__dict__)) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    except BaseException:
+
+    def put_back() -> None:
         for module, (attributes, contents) in modules:
             for held, content in contents:
                 held.clear()
@@ -40,7 +39,14 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attributes)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+    try:
+        yield
+    except BaseException:
+        put_back()
         raise
+    if always:
+        put_back()
 
 
 def _shallow(attributes: dict) -> tuple[dict, list[tuple[dict, dict]]]:

@@ -14,6 +14,7 @@ from qft import marks
 from qft.errors import UnsupportedDevice, UnsupportedOperation
 from qft.floatcopy import FloatLayers, cast, copy_bare, empty_layer, settle_tie
 from qft.lora.layer import QftLinear
+from qft.merging import MergeReport
 from qft.originals import Originals
 from qft.registry import quantizer_of
 

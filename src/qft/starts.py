@@ -67,13 +67,18 @@ def read_starts(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Starts:
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
         wanted = shapes.get(f"base_model.model.{name}.{part}.weight")
-        if part not in ("lora_A", "lora_B") or tuple(tensor.shape) != wanted or not tensor.isfinite().all():
+        # a start may have another rank than the adapter: that of a transfer does; A's columns and B's rows are the layer's
+        side = {"lora_A": 1, "lora_B": 0}.get(part)
+        fits = side is not None and wanted is not None and tensor.ndim == 2 and tensor.shape[side] == wanted[side]
+        if not fits or not tensor.isfinite().all():
             raise BadFolder(
                 f"{path} does not fit the adapter beside it: {key} is {tuple(tensor.shape)}, and "
                 f"{wanted or 'absent'} there"
             )
         if f"{name}.lora_A" not in tensors or f"{name}.lora_B" not in tensors:
             raise BadFolder(f"{path} is damaged: it lacks one half of the start of {name}")
+        if tensors[f"{name}.lora_A"].shape[0] != tensors[f"{name}.lora_B"].shape[1]:
+            raise BadFolder(f"{path} is damaged: the two halves of the start of {name} have different ranks")
         if part == "lora_A":
             starts[name] = (tensor.to(torch.float32), tensors[f"{name}.lora_B"].to(torch.float32))
     return starts
