@@ -330,7 +330,7 @@ def test_other_architectures_are_refused(builder, tmp_path):
         (mistral, {"sliding_window": 64}, "sliding_window=64"),
         (qwen2, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window=64"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_options_that_a_gguf_file_cannot_say(builder, changes, says, tmp_path):
     model = qft.quantize(builder(**changes), "nf4", progress=False)
