@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models import BUILDERS, llama, logits, relative, train_a_little
+from models import BUILDERS, batch, llama, logits, relative, train_a_little
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 import qft
 
@@ -134,3 +135,61 @@ def test_gradients_match_a_dequantized_float_copy(use_dora):
 
 def _adapters(model):
     return sorted((n, p) for n, p in model.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("init", ["loftq", "qera", "qera-full", "pissa", "loftq:steps=3"])
+def test_starts_from_a_folder_on_the_gpu(tmp_path, init):
+    """Statistics with the blocks brought to the GPU one by one: the same starts as on the CPU."""
+    float_model = llama()
+    float_model.save_pretrained(tmp_path / "float")
+    data = [batch(seed=s) for s in range(3)]
+    options = {"init": init, "calibration": data if "qera" in init else None, "progress": False}
+    ours = qft.quantize_and_wrap(str(tmp_path / "float"), "reference", device="cuda", **options)
+    there = qft.quantize_and_wrap(llama(), "reference", **options)
+    assert {p.device.type for p in ours.parameters()} == {"cuda"}
+    for name, weight in ours.init_report.weights.items():
+        twin = there.init_report.weights[name]
+        assert weight.kept == twin.kept and weight.after == pytest.approx(twin.after, rel=2e-3)
+    assert relative(logits(ours.eval()), logits(there.eval())) < 5e-3
+
+
+def test_data_that_does_not_fit_sends_the_blocks_back():
+    model = llama()
+    with pytest.raises(qft.BadOption, match="cannot run"):
+        qft.quantize_and_wrap(
+            model, "nf4", init="qera", calibration=[{"input_ids": batch(), "attention_mask": torch.ones(7, 3, 2)}],
+            device="cuda", progress=False,
+        )  # fmt: skip
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
+    qft.quantize(model, "nf4", progress=False)
+
+
+def test_merging_over_the_original_exporting_and_transferring(tmp_path):
+    model = qft.quantize_and_wrap(llama().cuda(), "nf4", init="loftq", progress=False)
+    train_a_little(model)
+    before = logits(model)
+    report = qft.merge(model, original=llama(), data=[batch()])
+    assert report.routes.keys() == {"dequantized", "original"} and report.source == "original"
+    qft.unmerge(model)
+    assert torch.equal(logits(model), before)
+    plain = qft.merge_to_float(model, original=llama())
+    qft.export(model, tmp_path / "out", original=llama())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").cuda()
+    assert torch.equal(logits(again), logits(plain))
+    moved = qft.transfer(
+        model, "reference:format=int,bits=4,group_size=32", original=llama(), rank=64, device="cuda", progress=False
+    )
+    assert {p.device.type for p in moved.parameters()} == {"cuda"}
+    assert relative(logits(moved.eval()), before) < 2e-2
+
+
+def test_a_device_without_room_is_left_for_the_host(monkeypatch):
+    from qft import floatcopy
+
+    model = qft.quantize_and_wrap(llama().cuda(), "nf4", progress=False)
+    room = floatcopy.free_bytes
+    monkeypatch.setattr(floatcopy, "free_bytes", lambda d: 10 if d.type == "cuda" else room(d))
+    with pytest.warns(qft.QftWarning, match="host memory"):
+        plain = qft.merge_to_float(model)
+    assert {p.device.type for p in plain.parameters()} == {"cpu"}
