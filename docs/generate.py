@@ -1,8 +1,12 @@
-"""Writes docs/capabilities.md from the quantizers' own flags; with --check, fails where the page is stale."""
+"""Writes docs/capabilities.md from the quantizers' own flags, and the tables of figures on other pages.
+
+With --check, nothing is written, and the exit status is 1 where a page is stale.
+"""
 
 import argparse
 import dataclasses
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,11 @@ import qft
 from qft.quantizer import DERIVED, Capabilities
 from qft.registry import ENTRY_POINTS
 
+sys.path.insert(0, str(Path(__file__).parent))
+import tables
+
 PAGE = Path(__file__).with_name("capabilities.md")
+FIGURES = (Path(__file__).with_name("how_to_start.md"),)
 DECLARED = tuple(field.name for field in dataclasses.fields(Capabilities))
 HEAD = """# What each quantizer can do
 
@@ -35,6 +43,15 @@ def page() -> str:
         *(f"- `{name}`: {meaning}" for name, meaning in _meanings().items()),
     ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def with_tables(text: str) -> str:
+    """A page with what stands between `<!-- table: name -->` and `<!-- end -->` made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n\n{tables.TABLES[match[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def _rows(names: tuple[str, ...], flags: dict[str, Capabilities]) -> list[list[str]]:
@@ -70,10 +87,12 @@ def _meanings() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is stale")
-    if not parser.parse_args().check:
-        PAGE.write_text(page(), encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
-        sys.exit("docs/capabilities.md is stale: run 'python docs/generate.py'")
+    check = parser.parse_args().check
+    for path, text in {PAGE: page(), **{p: with_tables(p.read_text(encoding="utf-8")) for p in FIGURES}}.items():
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"docs/{path.name} is stale: run 'python docs/generate.py'")
 
 
 if __name__ == "__main__":

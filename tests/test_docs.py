@@ -22,6 +22,14 @@ def test_capability_matrix_is_fresh():
     assert (ROOT / "docs" / "capabilities.md").read_text() == _generate().page()
 
 
+def test_figures_are_those_of_the_results():
+    generate = _generate()
+    assert generate.FIGURES
+    for path in generate.FIGURES:
+        text = path.read_text(encoding="utf-8")
+        assert "<!-- table:" in text and text == generate.with_tables(text), path.name
+
+
 def test_a_changed_flag_makes_the_page_stale(monkeypatch):
     import qft
 
@@ -33,14 +41,14 @@ def test_a_changed_flag_makes_the_page_stale(monkeypatch):
     assert _generate().page() != before
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/quickstart.md", "docs/how_to_start.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert ((ROOT / page).parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/custom_quantizer.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/custom_quantizer.md", "docs/how_to_start.md"])
 def test_names_on_the_pages_exist(page):
     import qft
 
