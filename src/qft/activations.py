@@ -139,18 +139,20 @@ def collect(
     batches: Sequence[Batch],
     kinds: StatisticsKind | Mapping[str, StatisticsKind],
     *,
+    through: Literal["old", "new"] = "old",
     device: torch.device | None = None,
     progress: bool = False,
 ) -> Iterator[Group]:
     """Run `model` over `batches` and give the statistics of the named layers, block by block.
 
-    Between two groups the caller may replace the layers of those that it was given: what goes on into the next block
-    was computed with the old ones.
+    Between two groups the caller may replace the layers of those that it was given.
 
     Args:
         names: of the layers to watch; each is in one group, those that no batch came through in the last.
         batches: what `calibration.batches` returned.
         kinds: what to gather, for all layers or by name.
+        through: what goes on into the next block was computed with the "old" layers of this one, or with those that the
+            caller put there, the "new" ones, which takes each block twice.
         device: move each block there when its turn comes, and everything outside the blocks at the start. None runs
             the model where it is. Where nothing was given yet and an error comes, what was moved goes back.
         progress: show a bar on stderr.
@@ -184,7 +186,7 @@ def collect(
             handles += _watch(layer, sums[name])
         del layers, layer  # nothing here keeps a layer alive that the caller replaces
         for index, block in enumerate(blocks):
-            _door(block, index)
+            _door(block, index, again=through == "new" and index in members)
         passes += [_Pass(lambda b=b: _run(model, b, moved.device), b, moved.device) for b in batches]
         for one in passes:
             one.go_on()
@@ -196,12 +198,15 @@ def collect(
             left.remove(here)
             moved.bring(blocks[here])
             for one in passes:
-                while one.at is not None and one.at not in left:
+                while one.at is not None and one.at not in left and one.at != (here, "again"):
                     one.go_on()
                 bar()
             if here in members:
                 given = moved.for_good()
                 yield group(here)
+                for one in passes:
+                    while one.at is not None and one.at not in left:
+                        one.go_on()
         for one in passes:
             while one.at is not None:
                 one.go_on()
@@ -322,7 +327,7 @@ class _Pass:
     run: Callable[[], Any]
     batch: Batch
     device: torch.device | None
-    at: int | None = -1
+    at: Any = -1
     error: BaseException | None = None
     aborted: bool = False
     _mine: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -358,7 +363,7 @@ class _Pass:
             self.at = None
             self._theirs.release()
 
-    def stop(self, door: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def stop(self, door: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Wait at a block's door, what goes in kept in host memory meanwhile where the device has little room."""
         devices = tree_map_only(Tensor, lambda t: t.device, (args, kwargs))
         kept = tree_map_only(Tensor, _parked, (args, kwargs))
@@ -387,14 +392,18 @@ def _parked(tensor: Tensor) -> Tensor:
     return tensor if 2 * (free + cached) > total else tensor.to("cpu")
 
 
-def _door(block: nn.Module, index: int) -> None:
-    """Have each batch stop before this block."""
+def _door(block: nn.Module, index: int, again: bool) -> None:
+    """Have each batch stop before this block, and where it is to go through `again`, behind it too."""
     inner = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         one = getattr(_running, "batch", None)
-        if one is not None:
-            args, kwargs = one.stop(index, args, kwargs)
+        if one is None:
+            return inner(*args, **kwargs)
+        args, kwargs = one.stop(index, args, kwargs)
+        if again:
+            inner(*args, **kwargs)
+            args, kwargs = one.stop((index, "again"), args, kwargs)
         return inner(*args, **kwargs)
 
     block.__dict__["forward"] = forward

@@ -20,7 +20,7 @@ from qft.errors import (
 )
 from qft.packed import PackedLinear, TensorQuantizer
 from qft.quantizer import Quantizer, is_conv1d, replace_module
-from qft.registry import get_quantizer, quantizer_of
+from qft.registry import converted, get_quantizer, quantizer_of
 
 METHOD = "qft"
 
@@ -89,7 +89,8 @@ class QftHfQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters of transformers' add_adapter are what is saved
             return None, {}
         _keep_codes_apart(model)
-        return bare_state_dict(model), {}  # whatever state dict save_pretrained was given, it takes this one
+        # whatever state dict save_pretrained was given, it takes this one
+        return bare_state_dict(model, stored=not isinstance(self.quantization_config, QftConfig)), {}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return self.plan is not None and self.plan.wants(param_name)
@@ -183,13 +184,18 @@ def describe_packed(model: nn.Module, record: marks.Record) -> QftConfig:
     return QftConfig(quantizers, templates, layers)
 
 
-def bare_state_dict(base: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by the names that they have without adapters."""
+def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Tensor]:
+    """Parameters by the names that they have without adapters; with `stored`, by those of the backend's own format."""
     state = {}
     for key, value in base.state_dict().items():
         if ".lora_" in f".{key}" or ".modules_to_save." in key:
             continue
         state[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = value
+    if stored:
+        for name, module in bare_layers(base):
+            names = module.quantizer.stored_names if isinstance(module, PackedLinear) else {}
+            for ours, theirs in names.items():
+                state[f"{name}.{theirs}"] = state.pop(f"{name}.{ours}")
     return state
 
 
@@ -205,16 +211,15 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
     if config is None or not hasattr(model, "save_pretrained"):
         return
     quantizers = list(dict.fromkeys(record.quantizers.values()))
-    if all(isinstance(q, TensorQuantizer) for q in quantizers):
-        described: Any = describe_packed(model, record)
+    described: Any = None
+    if len(quantizers) == 1:  # the backend's own format, where it has one that others read
+        described = quantizers[0].transformers_config(_unquantized_linears(model), getattr(model, "dtype", None))
+    if described is None and all(isinstance(q, TensorQuantizer) for q in quantizers):
+        described = describe_packed(model, record)
         described.qft_serializable = all(q.capabilities.serializable for q in quantizers)
-    else:
-        described = None
-        if len(quantizers) == 1:
-            described = quantizers[0].transformers_config(_unquantized_linears(model), getattr(model, "dtype", None))
-        if described is None:
-            described = QftConfig(quantizers)
-            described.qft_serializable = False
+    if described is None:
+        described = QftConfig(quantizers)
+        described.qft_serializable = False
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # they make TRL cast adapters to bf16
         model.__dict__.pop(flag, None)
     model.hf_quantizer = QftHfQuantizer(described)
@@ -258,7 +263,7 @@ def _keep_codes_apart(model: nn.Module) -> None:
 
 def _unquantized_linears(model: nn.Module) -> list[str]:
     """What transformers must be told to leave in float, as it matches names: from the start, or by their ends."""
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | PackedLinear) or is_conv1d(m)]
     quantized = [n for n in linears if quantizer_of(model.get_submodule(n)) is not None]
     left = sorted(set(linears) - set(quantized))
     return [f"^{n}$" if any(q.endswith(n) for q in quantized) else n for n in left]
@@ -299,6 +304,10 @@ def adopt(model: nn.Module) -> marks.Record | None:
     if record is not None:
         return record
     base = marks.base_model(model)
+    for name, module in list(base.named_modules()):
+        ours = converted(module) if name else None
+        if ours is not None:
+            replace_module(base, name, ours)
     dtype = getattr(getattr(base, "config", None), "dtype", None)
     found: dict[str, Quantizer] = {}
     for name, module in base.named_modules():

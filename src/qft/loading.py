@@ -165,6 +165,8 @@ def load_quantized(
     cls = model_class(path, kwargs)
     if kwargs.get("variant") is None and "gguf_file" not in kwargs:
         check_files(Path(path, kwargs.get("subfolder") or ""))
+        if plan is None:
+            kwargs |= _packed(path, cls, kwargs)
     try:
         with _quiet(progress):
             model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
@@ -185,6 +187,20 @@ def load_quantized(
     elif missing := _missing_codes(model, info["missing_keys"]):
         raise BadFolder(f"{path} lacks {len(missing)} of the model's quantized weights, {min(missing)} first")
     return model
+
+
+def _packed(path: str, cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What to tell `from_pretrained` so that another tool's checkpoint comes as packed layers, if a backend can."""
+    from qft.checkpoints import packed_config
+
+    config = read_config(path, kwargs)
+    if getattr(config, "quantization_config", None) is None:
+        return {}
+    found = packed_config(path, config, cls, kwargs)
+    if found is None:
+        return {}
+    config.quantization_config, renames = found
+    return {"config": config, **({"key_mapping": renames} if renames else {})}
 
 
 def _missing_codes(model: nn.Module, missing_keys: Iterable[str]) -> list[str]:
