@@ -6,9 +6,11 @@ its tensors streamed into `PackedLinear`s by transformers. Everything else is le
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from qft import hf
 from qft.errors import BadFolder, BadOption, QftError
 from qft.packed import TensorQuantizer
 from qft.quantizer import is_conv1d
-from qft.registry import from_config
+from qft.registry import folder_reader, from_config
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
@@ -97,9 +99,41 @@ def packed_config(path: str, config: Any, cls: type, options: Mapping[str, Any])
     return packed, found.renames()
 
 
-def _without_quantization(config: Any) -> Any:
-    import copy
+def tool_folder(path: str, config: Any, cls: type, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `from_pretrained` wants for a local folder that a backend's own tool wrote: config, state dict and dtype.
 
+    None for any other folder.
+
+    Raises:
+        BadFolder: files that are damaged, or layers that are not the model's.
+        UnsupportedOperation: layers that the backend does not read.
+    """
+    folder = Path(path, options.get("subfolder") or "")
+    backend = folder_reader(folder)
+    if backend is None:
+        return None
+    with torch.device("meta"):
+        skeleton = cls(config)
+    layers, state = backend.read_folder(folder, skeleton)
+    linears = {n: tuple(m.weight.shape) for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
+    wrong = [n for n, layer in layers.items() if linears.get(n) != (layer.out_features, layer.in_features)]
+    if wrong or not layers:
+        raise BadFolder(
+            f"{folder} holds {len(wrong)} quantized layers that its {cls.__name__} does not have, {min(wrong)} first"
+            if wrong
+            else f"{folder} says that {backend.name} quantized it, and holds no quantized layer"
+        )
+    for name, layer in layers.items():
+        state |= {f"{name}.{key}": value.detach() for key, value in layer.state_dict().items()}
+    config = copy.deepcopy(config)
+    config.quantization_config = hf.describe_packed(layers.items())
+    dtype = options.get("dtype")
+    if not isinstance(dtype, torch.dtype):
+        dtype = next(iter(layers.values())).dtype
+    return {"config": config, "state_dict": state, "dtype": dtype}
+
+
+def _without_quantization(config: Any) -> Any:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

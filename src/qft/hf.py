@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -166,22 +166,22 @@ def _freeze_biases(model: nn.Module) -> None:
             module.bias.requires_grad_(False)
 
 
-def describe_packed(model: nn.Module, record: marks.Record) -> QftConfig:
-    """The config of a model whose quantized layers are all `PackedLinear`."""
+def describe_packed(layers: Iterable[tuple[str, nn.Module]]) -> QftConfig:
+    """The config of a model with these layers by name, of which the `PackedLinear`s are its quantized ones."""
     quantizers: list[Quantizer] = []
-    templates, layers = {}, {}
-    for name, module in bare_layers(model):
+    templates, described = {}, {}
+    for name, module in layers:
         if not isinstance(module, PackedLinear):
             continue
         if module.quantizer not in quantizers:
             quantizers.append(module.quantizer)
         index = quantizers.index(module.quantizer)
         dtype = str(module.dtype).removeprefix("torch.")
-        layers[name] = [index, module.out_features, module.in_features, module.kind, dtype]
+        described[name] = [index, module.out_features, module.in_features, module.kind, dtype]
         templates[f"{index}:{module.out_features}x{module.in_features}:{dtype}"] = {
             key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in module.packed.items()
         }
-    return QftConfig(quantizers, templates, layers)
+    return QftConfig(quantizers, templates, described)
 
 
 def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Tensor]:
@@ -215,7 +215,7 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
     if len(quantizers) == 1:  # the backend's own format, where it has one that others read
         described = quantizers[0].transformers_config(_unquantized_linears(model), getattr(model, "dtype", None))
     if described is None and all(isinstance(q, TensorQuantizer) for q in quantizers):
-        described = describe_packed(model, record)
+        described = describe_packed(bare_layers(model))
         described.qft_serializable = all(q.capabilities.serializable for q in quantizers)
     if described is None:
         described = QftConfig(quantizers)
@@ -304,10 +304,11 @@ def adopt(model: nn.Module) -> marks.Record | None:
     if record is not None:
         return record
     base = marks.base_model(model)
-    for name, module in list(base.named_modules()):
-        ours = converted(module) if name else None
-        if ours is not None:
-            replace_module(base, name, ours)
+    # all of them before the first is replaced: one may be refused
+    ours = {name: converted(module) for name, module in base.named_modules() if name}
+    for name, layer in ours.items():
+        if layer is not None:
+            replace_module(base, name, layer)
     dtype = getattr(getattr(base, "config", None), "dtype", None)
     found: dict[str, Quantizer] = {}
     for name, module in base.named_modules():

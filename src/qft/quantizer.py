@@ -13,6 +13,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -156,6 +157,8 @@ class Quantizer(ABC):
     """Qualified names of other tools' layer classes that `converted` turns into this backend's own."""
     config_methods: ClassVar[tuple[str, ...]] = ()
     """The `quant_method`s of checkpoints and of transformers' config objects that `from_config` reads."""
+    folder_marks: ClassVar[tuple[str, ...]] = ()
+    """Files by which a folder of the backend's own tool is known; `read_folder` reads it."""
 
     # ---- what every backend says -------------------------------------------------------------------------
 
@@ -223,6 +226,20 @@ class Quantizer(ABC):
 
         Raises:
             BadOption: options that this backend does not have; never ignored.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def read_folder(cls, folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A folder of the backend's own tool: `PackedLinear`s by layer name, and the other tensors by theirs.
+
+        Args:
+            folder: holds one of `folder_marks`.
+            model: the float model that it is of, on the meta device.
+
+        Raises:
+            BadFolder: files that are damaged, or of something else.
+            UnsupportedOperation: layers that this backend does not read.
         """
         raise NotImplementedError
 

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -53,6 +54,10 @@ _entries: dict[str, Entry] = {
     ),
     "fp4": Entry(f"{_BNB}:BitsAndBytes4bit", {"quant_type": "fp4"}, ("bnb-fp4",), "FP4, blocks of 64 (bitsandbytes)"),
     "int8": Entry(f"{_BNB}:BitsAndBytes8bit", {}, ("llm.int8", "bitsandbytes_8bit"), "LLM.int8() (bitsandbytes)"),
+    "hqq": Entry("qft.backends.hqq:HQQ", {}, (), "integers of 1 to 8 bits, zero points fitted, no data (HQQ)"),
+    "quanto": Entry(
+        "qft.backends.quanto:Quanto", {}, ("optimum-quanto",), "int2, int4, int8 and float8 (optimum-quanto)"
+    ),
     "reference": Entry(
         "qft.backends.reference:Reference", {}, (), "NF4, FP4, integers of 2 to 8 bits, in pure PyTorch, on any device"
     ),
@@ -261,6 +266,11 @@ def from_config(config: Mapping[str, Any]) -> Quantizer | None:
     return None
 
 
+def folder_reader(folder: Path) -> type[Quantizer] | None:
+    """The backend whose own tool wrote a folder, by its `folder_marks`, or None."""
+    return next((b for b in _loaded() if any((folder / mark).is_file() for mark in b.folder_marks)), None)
+
+
 def _loaded() -> list[type[Quantizer]]:
     """Every registered class once, broken registrations apart: their name says so when it is asked for."""
     found: dict[type[Quantizer], None] = {}
@@ -284,7 +294,8 @@ def parse_spec(spec: Any) -> Spec:
 
 def _skips(spec: Any) -> tuple[str, ...]:
     """Modules that a transformers config leaves in float: they add to the default skips, and do not replace them."""
-    return tuple(getattr(spec, "llm_int8_skip_modules", None) or ())
+    named = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+    return tuple(module for name in named for module in getattr(spec, name, None) or ())
 
 
 def capabilities(spec: Any) -> Capabilities:
