@@ -126,7 +126,7 @@ def tool_folder(path: str, config: Any, cls: type, options: Mapping[str, Any]) -
     for name, layer in layers.items():
         state |= {f"{name}.{key}": value.detach() for key, value in layer.state_dict().items()}
     config = copy.deepcopy(config)
-    config.quantization_config = hf.describe_packed(layers.items())
+    config.quantization_config = hf.describe_packed(layers.items()).to_dict()
     dtype = options.get("dtype")
     if not isinstance(dtype, torch.dtype):
         dtype = next(iter(layers.values())).dtype

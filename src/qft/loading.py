@@ -185,8 +185,8 @@ def load_quantized(
         raise BadFolder(f"cannot load a model from {path}: {_line(error)}") from error
     if plan is not None:
         plan.finish(model, info["missing_keys"])
-    elif missing := _missing_codes(model, info["missing_keys"]):
-        raise BadFolder(f"{path} lacks {len(missing)} of the model's quantized weights, {min(missing)} first")
+    elif missing := info["missing_keys"] if source is None else _missing_codes(model, info["missing_keys"]):
+        raise BadFolder(f"{path} lacks {len(missing)} of the quantized model's weights, {min(missing)} first")
     return model
 
 
@@ -200,7 +200,8 @@ def _packed(path: str, cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     found = packed_config(path, config, cls, kwargs)
     if found is None:
         return {}
-    config.quantization_config, renames = found
+    described, renames = found
+    config.quantization_config = described.to_dict()
     return {"config": config, **({"key_mapping": renames} if renames else {})}
 
 

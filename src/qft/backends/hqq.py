@@ -26,7 +26,7 @@ STEPS, P, BETA = 20, 0.7, 10.0
 NARROW, FINEST = 1e-4, 2e4
 """Groups narrower than this become constant, and steps are no finer than 1/2e4: the package's bounds."""
 
-SMALL = 2.0**-6
+SMALL = 2.0**-5
 """Weights whose largest value is below this are scaled up first, lest those bounds bite."""
 
 LARGEST_ZERO = 6e4
@@ -118,7 +118,7 @@ class HQQ(TensorQuantizer):
         groups, top = in_groups(weight.float(), size, self.axis), 2**self.bits - 1
         # a power of two, on the device: nothing waits for it, and it changes no code that the bounds leave alone
         largest = groups.abs().amax()
-        factor = torch.where(largest > 0, SMALL / largest, 1.0).log2().floor().clamp(min=0).exp2()
+        factor = torch.where(largest > 0, SMALL / largest, 1.0).log2().ceil().clamp(min=0).exp2()
         groups = groups * factor
         low, high = groups.amin(self.axis, keepdim=True), groups.amax(self.axis, keepdim=True)
         width = high - low
@@ -251,7 +251,8 @@ class HQQ(TensorQuantizer):
         except QftError:
             raise
         except Exception as error:
-            raise BadFolder(f"{folder / 'qmodel.pt'} is not what hqq's save_quantized writes: {error}") from error
+            why = f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
+            raise BadFolder(f"{folder / 'qmodel.pt'} is not what hqq's save_quantized writes: {why}") from error
         return layers, others
 
 

@@ -91,8 +91,9 @@ class Quanto(TensorQuantizer):
         info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
         largest = weight.abs().amax(1, keepdim=True)
         scale = largest / info.max
-        if weight.dtype == torch.float16:  # quanto loses rows whose scale is below what float16 holds
-            scale = torch.where((scale == 0) & (largest > 0), 2.0**-24, scale)
+        if weight.dtype == torch.float16:  # such a small scale rounds to zero, or clips the row: quanto lets it
+            up = (largest.float() / info.max * 2.0**24).ceil() * 2.0**-24
+            scale = torch.where(scale < 2.0**-21, up.to(scale), scale)
         codes = weight / torch.where(scale == 0, 1, scale)
         if not dtype.is_floating_point:
             codes = codes.round_()
@@ -199,14 +200,20 @@ def _layer(name: str, types: Mapping[str, str], tensors: dict[str, Tensor], line
         raise UnsupportedOperation(
             f"{name} quantizes its activations, too ({types['activations']}), which qft does not"
         )
-    stored = {"_data": "qweight", "_data._data": "qweight", "_scale": "scale", "_shift": "shift"}
-    parts = {ours: tensors.pop(key) for end, ours in stored.items() if (key := f"{name}.weight.{end}") in tensors}
     for unused in ("input_scale", "output_scale"):
         tensors.pop(f"{name}.{unused}", None)
-    shape, scale = tuple(linear.weight.shape), parts["scale"]
-    groups = prod(shape) // scale.numel() if "shift" in parts else None
-    own = _quantizer(types["weights"], groups, shape)
-    return PackedLinear(own, own._fitted(parts, shape), shape, scale.dtype, tensors.pop(f"{name}.bias", None))
+    packed = types["weights"] in ("qint2", "qint4")
+    stored = {"qweight": "_data._data" if packed else "_data", "scale": "_scale"} | (
+        {"shift": "_shift"} if packed else {}
+    )
+    parts = {ours: tensors.pop(f"{name}.weight.{theirs}") for ours, theirs in stored.items()}
+    shape = tuple(linear.weight.shape)
+    own = _quantizer(types["weights"], prod(shape) // parts["scale"].numel() if packed else None, shape)
+    try:
+        fitted = own._fitted(parts, shape)
+    except (BadShape, UnsupportedOperation) as error:
+        raise BadFolder(f"{name}: {error}") from error
+    return PackedLinear(own, fitted, shape, parts["scale"].dtype, tensors.pop(f"{name}.bias", None))
 
 
 def _quantizer(qtype: str, group_size: int | None, shape: tuple[int, ...]) -> Quanto:
