@@ -46,7 +46,7 @@ class HQQ(TensorQuantizer):
     """Half-quadratic quantization (Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/), without calibration.
 
     Args:
-        bits: 1, 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4 or 8; with 1 the error over normal weights is as large as the weights, in the package, too.
         group_size: weights that share a scale and a zero point; it must divide the number of weights, and groups may
             run on into the next row, as in the package. None is the largest of 128, 64 and 32 that divides every
             width.
@@ -61,7 +61,7 @@ class HQQ(TensorQuantizer):
 
     Packed tensors, `HQQLinear`'s own: `qweight` (its W_q) uint8, int32 for 3 bits, codes packed along the groups'
     first dimension; `scale` and `zero_point` in the weight's dtype, `(groups, 1)`, or `(1, groups)` with axis 0. Zero
-    points of 8 bits over bfloat16 are float16, which takes a third off the error; one that was shifted is float32.
+    points of 8 bits over bfloat16 are float16, which takes a fifth off the error; one that was shifted is float32.
     """
 
     name: ClassVar[str] = "hqq"
@@ -155,7 +155,7 @@ class HQQ(TensorQuantizer):
         return torch.int32 if self.bits == 3 else torch.uint8
 
     def _zeros(self, dtype: torch.dtype) -> torch.dtype:
-        # bfloat16 counts to 255 in whole steps at most, which costs 8 bits a third of their accuracy
+        # bfloat16 counts to 255 in whole steps at most: the error of 8 bits would be a quarter larger
         return torch.float16 if self.bits == 8 and dtype == torch.bfloat16 else dtype
 
     def _size(self, shape: tuple[int, ...]) -> int:
