@@ -51,11 +51,14 @@ from qft.transferring import transfer
 if _typing.TYPE_CHECKING:
     from qft import testing
     from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
+    from qft.backends.hqq import HQQ
+    from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HQQ",
     "QERA",
     "AdapterInit",
     "AdapterMismatch",
@@ -86,6 +89,7 @@ __all__ = [
     "QuantizedWeight",
     "Quantizer",
     "QuantizerInfo",
+    "Quanto",
     "Reference",
     "Statistics",
     "TensorQuantizer",
@@ -115,6 +119,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "HQQ": "qft.backends.hqq",
+    "Quanto": "qft.backends.quanto",
     "Reference": "qft.backends.reference",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",

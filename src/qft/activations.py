@@ -28,6 +28,9 @@ LARGEST = 1e15
 """Activations from here on are left out as infinity is: the sum of their squares would leave float32."""
 
 
+LOOPED = "the statistics of a block are taken in one go, and would miss what it reads later"
+
+
 @dataclass
 class Statistics:
     """What one layer read, over all tokens that the attention masks count.
@@ -151,19 +154,21 @@ def collect(
     batches: Sequence[Batch],
     kinds: StatisticsKind | Mapping[str, StatisticsKind],
     *,
+    through: Literal["old", "new"] = "old",
     device: torch.device | None = None,
     progress: bool = False,
 ) -> Iterator[Group]:
     """Run `model` over `batches` and give the statistics of the named layers, block by block.
 
-    Between two groups the caller may replace the layers of those that it was given: what goes on into the next block
-    was computed with the old ones. A caller that may stop early closes the generator (`contextlib.closing`): that ends
-    the passes and takes the hooks off.
+    Between two groups the caller may replace the layers of those that it was given. A caller that may stop early closes
+    the generator (`contextlib.closing`): that ends the passes and takes the hooks off.
 
     Args:
         names: of the layers to watch; each is in one group, those that no batch came through in the last.
         batches: what `calibration.batches` returned.
         kinds: what to gather, for all layers or by name.
+        through: what goes on into the next block was computed with the "old" layers of this one, or with those that the
+            caller put there, the "new" ones, which takes each block twice.
         device: move each block there when its turn comes, and everything outside the blocks at the start. None runs
             the model where it is. Where nothing was given yet and an error comes, what was moved goes back.
         progress: show a bar on stderr.
@@ -196,11 +201,8 @@ def collect(
         return Group(names, found, broken)
 
     def step(one: _Pass, here: int | None) -> None:
-        if one.at != here and one.at in watched and one.at not in left:
-            raise BadOption(
-                f"this {type(model).__name__} goes through its blocks more than once in turn: the statistics of a block "
-                "are taken in one go, and would miss what it reads later"
-            )
+        if one.at not in (here, (here, "again")) and one.at in watched and one.at not in left:
+            raise BadOption(f"this {type(model).__name__} goes through its blocks more than once in turn: {LOOPED}")
         one.go_on()
 
     bar = _bar(len(batches) * max(1, len(blocks)), progress)
@@ -211,7 +213,7 @@ def collect(
             handles += _watch(layer, sums[name])
         del layers, layer  # nothing here keeps a layer alive that the caller replaces
         for index, block in enumerate(blocks):
-            _door(block, index)
+            _door(block, index, again=through == "new" and index in members)
         passes += [_Pass(lambda b=b: _run(model, b, moved.device, logits), b, moved.device) for b in batches]
         for one in passes:
             one.go_on()
@@ -223,12 +225,19 @@ def collect(
             left.remove(here)
             moved.bring(blocks[here])
             for one in passes:
-                while one.at is not None and one.at not in left:
+                while one.at is not None and one.at not in left and one.at != (here, "again"):
                     step(one, here)
                 bar()
             if here in members:
                 given = moved.for_good()
                 yield group(here)
+                for one in passes if through == "new" else ():
+                    while one.at is not None and one.at not in left:
+                        if one.at == here:
+                            raise BadOption(
+                                f"this {type(model).__name__} goes through a block twice in a row: {LOOPED}"
+                            )
+                        one.go_on()
         for one in passes:
             while one.at is not None:
                 step(one, None)
@@ -349,7 +358,7 @@ class _Pass:
     run: Callable[[], Any]
     batch: Batch
     device: torch.device | None
-    at: int | None = -1
+    at: Any = -1
     error: BaseException | None = None
     aborted: bool = False
     _mine: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -385,7 +394,7 @@ class _Pass:
             self.at = None
             self._theirs.release()
 
-    def stop(self, door: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def stop(self, door: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Wait at a block's door, what goes in kept in host memory meanwhile where the device has little room."""
         devices = tree_map_only(Tensor, lambda t: t.device, (args, kwargs))
         kept = tree_map_only(Tensor, _parked, (args, kwargs))
@@ -414,14 +423,18 @@ def _parked(tensor: Tensor) -> Tensor:
     return tensor if 2 * (free + cached) > total else tensor.to("cpu")
 
 
-def _door(block: nn.Module, index: int) -> None:
-    """Have each batch stop before this block."""
+def _door(block: nn.Module, index: int, again: bool) -> None:
+    """Have each batch stop before this block, and where it is to go through `again`, behind it too."""
     inner = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         one = getattr(_running, "batch", None)
-        if one is not None:
-            args, kwargs = one.stop(index, args, kwargs)
+        if one is None:
+            return inner(*args, **kwargs)
+        args, kwargs = one.stop(index, args, kwargs)
+        if again:
+            inner(*args, **kwargs)
+            args, kwargs = one.stop((index, "again"), args, kwargs)
         return inner(*args, **kwargs)
 
     block.__dict__["forward"] = forward

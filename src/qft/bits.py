@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -53,6 +54,53 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
         word |= rows[:, j].to(torch.int64) << (8 * j)
     out = torch.stack([(word >> (bits * i) & mask).to(torch.uint8) for i in range(8)], dim=1)
     return out.reshape(-1)[:n]
+
+
+def in_groups(weight: Tensor, size: int, axis: int = 1) -> Tensor:
+    """A weight of n elements as a matrix of groups: rows `(n / size, size)`, or with axis 0 columns `(size, n / size)`."""
+    return weight.reshape(-1, size) if axis == 1 else weight.reshape(size, -1)
+
+
+def codes_per_word(bits: int, word: torch.dtype = torch.uint8) -> int:
+    """How many codes `pack_rows` puts into one word."""
+    return torch.iinfo(word).bits // bits
+
+
+def pack_rows(codes: Tensor, bits: int, *, high_first: bool, word: torch.dtype = torch.uint8) -> Tensor:
+    """Pack unsigned codes along the first dimension: row i of every part of the matrix goes into row i of the result.
+
+    Args:
+        codes: integers in [0, 2**bits), (rows, ...), of any dtype.
+        bits: 1, 2, 4 or 8 in bytes, 3 in int32.
+        high_first: whether the first part lies in the highest bits of a word, as in HQQ, or the lowest, as in quanto.
+        word: uint8 or int32.
+
+    Returns:
+        `word` of shape (ceil(rows / codes_per_word), ...); the last part is filled up with zeros.
+    """
+    per_word = codes_per_word(bits, word)
+    rows = -(-codes.shape[0] // per_word)
+    packed = torch.zeros((rows, *codes.shape[1:]), dtype=word, device=codes.device)
+    for i, part in enumerate(codes.split(rows)):
+        packed[: part.shape[0]] |= part.to(word) << _shift(i, bits, per_word, high_first)
+    return packed
+
+
+def unpack_rows(packed: Tensor, bits: int, rows: int, *, high_first: bool) -> Iterator[tuple[slice, Tensor]]:
+    """The inverse of `pack_rows`, part by part, so that nobody has to hold all codes: the rows of a part, its codes."""
+    per_word = codes_per_word(bits, packed.dtype)
+    step = packed.shape[0]
+    for i in range(per_word):
+        start, stop = i * step, min((i + 1) * step, rows)
+        if start < stop:
+            part = packed[: stop - start]
+            if bits < 8:
+                part = (part >> _shift(i, bits, per_word, high_first)) & ((1 << bits) - 1)
+            yield slice(start, stop), part
+
+
+def _shift(part: int, bits: int, per_word: int, high_first: bool) -> int:
+    return bits * (per_word - 1 - part if high_first else part)
 
 
 @lru_cache

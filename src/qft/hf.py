@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from qft.errors import (
 )
 from qft.packed import PackedLinear, TensorQuantizer
 from qft.quantizer import Quantizer, is_conv1d, replace_module
-from qft.registry import get_quantizer, quantizer_of
+from qft.registry import converted, get_quantizer, quantizer_of
 
 METHOD = "qft"
 
@@ -91,14 +91,15 @@ class QftHfQuantizer(HfQuantizer):
             return None, {}
         _keep_codes_apart(model)
         self._describe_anew(model)
-        return bare_state_dict(model), {}  # whatever state dict save_pretrained was given, it takes this one
+        # whatever state dict save_pretrained was given, it takes this one
+        return bare_state_dict(model, stored=not isinstance(self.quantization_config, QftConfig)), {}
 
     def _describe_anew(self, model: nn.Module) -> None:
         """A merge may have changed the dtypes of packed tensors since the model was marked."""
         record = marks.record_of(model)
         if record is None or not isinstance(self.quantization_config, QftConfig):
             return
-        now = describe_packed(model, record)
+        now = describe_packed(bare_layers(model))
         for config in (self.quantization_config, getattr(model.config, "quantization_config", None)):
             if isinstance(config, QftConfig):
                 config.quantizers, config.templates, config.layers = now.quantizers, now.templates, now.layers
@@ -177,35 +178,40 @@ def _freeze_biases(model: nn.Module) -> None:
             module.bias.requires_grad_(False)
 
 
-def describe_packed(model: nn.Module, record: marks.Record) -> QftConfig:
-    """The config of a model whose quantized layers are all `PackedLinear`."""
+def describe_packed(layers: Iterable[tuple[str, nn.Module]]) -> QftConfig:
+    """The config of a model with these layers by name, of which the `PackedLinear`s are its quantized ones."""
     quantizers: list[Quantizer] = []
     templates: dict[str, Any] = {}
-    layers: dict[str, list[Any]] = {}
-    for name, module in bare_layers(model):
+    described: dict[str, list[Any]] = {}
+    for name, module in layers:
         if not isinstance(module, PackedLinear):
             continue
         if module.quantizer not in quantizers:
             quantizers.append(module.quantizer)
         index = quantizers.index(module.quantizer)
         dtype = str(module.dtype).removeprefix("torch.")
-        layers[name] = [index, module.out_features, module.in_features, module.kind, dtype]
+        described[name] = [index, module.out_features, module.in_features, module.kind, dtype]
         template = {k: [list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in module.packed.items()}
         key = common = f"{index}:{module.out_features}x{module.in_features}:{dtype}"
         while templates.setdefault(key, template) != template:
             key += "+"
         if key != common:
-            layers[name].append(key)
-    return QftConfig(quantizers, templates, layers)
+            described[name].append(key)
+    return QftConfig(quantizers, templates, described)
 
 
-def bare_state_dict(base: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by the names that they have without adapters."""
+def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Tensor]:
+    """Parameters by the names that they have without adapters; with `stored`, by those of the backend's own format."""
     state = {}
     for key, value in base.state_dict().items():
         if ".lora_" in f".{key}" or ".modules_to_save." in key:
             continue
         state[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = value
+    if stored:
+        for name, module in bare_layers(base):
+            names = module.quantizer.stored_names if isinstance(module, PackedLinear) else {}
+            for ours, theirs in names.items():
+                state[f"{name}.{theirs}"] = state.pop(f"{name}.{ours}")
     return state
 
 
@@ -221,16 +227,15 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
     if config is None or not hasattr(model, "save_pretrained"):
         return
     quantizers = list(dict.fromkeys(record.quantizers.values()))
-    if all(isinstance(q, TensorQuantizer) for q in quantizers):
-        described: Any = describe_packed(model, record)
+    described: Any = None
+    if len(quantizers) == 1:  # the backend's own format, where it has one that others read
+        described = quantizers[0].transformers_config(_unquantized_linears(model), getattr(model, "dtype", None))
+    if described is None and all(isinstance(q, TensorQuantizer) for q in quantizers):
+        described = describe_packed(bare_layers(model))
         described.qft_serializable = all(q.capabilities.serializable for q in quantizers)
-    else:
-        described = None
-        if len(quantizers) == 1:
-            described = quantizers[0].transformers_config(_unquantized_linears(model), getattr(model, "dtype", None))
-        if described is None:
-            described = QftConfig(quantizers)
-            described.qft_serializable = False
+    if described is None:
+        described = QftConfig(quantizers)
+        described.qft_serializable = False
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # they make TRL cast adapters to bf16
         model.__dict__.pop(flag, None)
     model.hf_quantizer = QftHfQuantizer(described)
@@ -282,7 +287,7 @@ def weight_conversions(model: nn.Module) -> list[Any]:
 
 def _unquantized_linears(model: nn.Module) -> list[str]:
     """What transformers must be told to leave in float, as it matches names: from the start, or by their ends."""
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | PackedLinear) or is_conv1d(m)]
     quantized = [n for n in linears if quantizer_of(model.get_submodule(n)) is not None]
     left = sorted(set(linears) - set(quantized))
     return [f"^{n}$" if any(q.endswith(n) for q in quantized) else n for n in left]
@@ -323,6 +328,11 @@ def adopt(model: nn.Module) -> marks.Record | None:
     if record is not None:
         return record
     base = marks.base_model(model)
+    # all of them before the first is replaced: one may be refused
+    ours = {name: converted(module) for name, module in base.named_modules() if name}
+    for name, layer in ours.items():
+        if layer is not None:
+            replace_module(base, name, layer)
     dtype = getattr(getattr(base, "config", None), "dtype", None)
     found: dict[str, Quantizer] = {}
     for name, module in base.named_modules():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qft import hf, marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
-from qft.registry import quantizer_of
+from qft.registry import folder_reader, quantizer_of
 from qft.selection import Selection, select, settle
 
 TRIM_EVERY = 4 * 2**20
@@ -178,9 +178,12 @@ def load_quantized(
     cls = model_class(path, kwargs)
     if kwargs.get("variant") is None and "gguf_file" not in kwargs:
         check_files(Path(path, kwargs.get("subfolder") or ""))
+        if plan is None:
+            kwargs |= _packed(path, cls, kwargs)
+    source = None if "state_dict" in kwargs else path
     try:
         with _quiet(progress):
-            model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+            model, info = cls.from_pretrained(source, output_loading_info=True, **kwargs)
     except _Stop as stop:
         raise stop.__cause__ from None
     except (QftError, torch.cuda.OutOfMemoryError, MemoryError):
@@ -195,11 +198,26 @@ def load_quantized(
         raise BadFolder(f"cannot load a model from {path}: {_line(error)}") from error
     if plan is not None:
         plan.finish(model, info["missing_keys"])
-    elif missing := _missing_codes(model, info["missing_keys"]):
-        raise BadFolder(f"{path} lacks {len(missing)} of the model's quantized weights, {min(missing)} first")
+    elif missing := info["missing_keys"] if source is None else _missing_codes(model, info["missing_keys"]):
+        raise BadFolder(f"{path} lacks {len(missing)} of the quantized model's weights, {min(missing)} first")
     elif needed is not None:
         _check_complete(info["missing_keys"], needed(model))
     return model
+
+
+def _packed(path: str, cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What to tell `from_pretrained` so that another tool's checkpoint comes as packed layers, if a backend can."""
+    from qft.checkpoints import packed_config, tool_folder
+
+    config = read_config(path, kwargs)
+    if getattr(config, "quantization_config", None) is None:
+        return tool_folder(path, config, cls, kwargs) or {}
+    found = packed_config(path, config, cls, kwargs)
+    if found is None:
+        return {}
+    described, renames = found
+    config.quantization_config = described.to_dict()
+    return {"config": config, **({"key_mapping": renames} if renames else {})}
 
 
 def _missing_codes(model: nn.Module, missing_keys: Iterable[str]) -> list[str]:
@@ -266,7 +284,8 @@ def stored_quantization(path: str, options: Mapping[str, Any]) -> str | None:
     """The method that a checkpoint's own config names, or None for a float one."""
     stored = getattr(read_config(path, options), "quantization_config", None)
     if stored is None:
-        return None
+        backend = folder_reader(Path(path, options.get("subfolder") or ""))
+        return None if backend is None else backend.name
     get = stored.get if isinstance(stored, Mapping) else lambda key, other: getattr(stored, key, other)
     return str(get("quant_method", "unknown"))
 

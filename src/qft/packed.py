@@ -104,6 +104,8 @@ class TensorQuantizer(Quantizer):
     """
 
     layer_types: ClassVar[tuple[str, ...]] = ("qft.packed.PackedLinear",)
+    stored_names: ClassVar[Mapping[str, str]] = {}
+    """Packed tensor → its name in checkpoints of the format, where that is another one."""
 
     @abstractmethod
     def pack(self, weight: Tensor, *, statistics: Any = None) -> dict[str, Tensor]:
@@ -172,6 +174,11 @@ class TensorQuantizer(Quantizer):
     def nbytes(self, shape: tuple[int, ...]) -> int:
         packed = self.pack(torch.zeros(shape, dtype=torch.bfloat16))
         return sum(t.numel() * t.element_size() for t in packed.values())
+
+    def template(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each packed tensor of a weight of `shape` and `dtype`."""
+        packed = self.pack(torch.zeros(shape, dtype=dtype))
+        return {name: (tuple(t.shape), t.dtype) for name, t in packed.items()}
 
     def _pack(self, weight: Tensor, statistics: Any) -> dict[str, Tensor]:
         with torch.no_grad():

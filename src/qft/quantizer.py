@@ -13,6 +13,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -150,6 +151,15 @@ class Quantizer(ABC):
     """What `quantize_layer` wants to know of the activations where `capabilities.needs_calibration` says so: "diagonal"
     (E[x²], E[|x|]) or "full" (E[x xᵀ] too); see `qft.activations.Statistics`."""
 
+    statistics_through: ClassVar[Literal["old", "new"]] = "old"
+    """Whether they are those of the float model, or ("new") of the model whose earlier blocks are quantized already."""
+    foreign_types: ClassVar[tuple[str, ...]] = ()
+    """Qualified names of other tools' layer classes that `converted` turns into this backend's own."""
+    config_methods: ClassVar[tuple[str, ...]] = ()
+    """The `quant_method`s of checkpoints and of transformers' config objects that `from_config` reads."""
+    folder_marks: ClassVar[tuple[str, ...]] = ()
+    """Files by which a folder of the backend's own tool is known; `read_folder` reads it."""
+
     # ---- what every backend says -------------------------------------------------------------------------
 
     @property
@@ -220,6 +230,38 @@ class Quantizer(ABC):
     def recognise(cls, module: nn.Module) -> Quantizer | None:
         """The options of a layer that somebody else quantized, or None if it is not one of this backend's."""
         return None
+
+    @classmethod
+    def converted(cls, module: nn.Module) -> nn.Module:
+        """This backend's own layer over the codes of another tool's, one of `foreign_types`; nothing is copied.
+
+        Raises:
+            UnsupportedOperation: codes in a layout that only the other tool's kernel reads.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Quantizer:
+        """The options that a checkpoint's `quantization_config`, or transformers' config object as a dict, names.
+
+        Raises:
+            BadOption: options that this backend does not have; never ignored.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def read_folder(cls, folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A folder of the backend's own tool: `PackedLinear`s by layer name, and the other tensors by theirs.
+
+        Args:
+            folder: holds one of `folder_marks`.
+            model: the float model that it is of, on the meta device.
+
+        Raises:
+            BadFolder: files that are damaged, or of something else.
+            UnsupportedOperation: layers that this backend does not read.
+        """
+        raise NotImplementedError
 
     def adopt(self, module: nn.Module) -> None:  # noqa: B027
         """Make a layer that somebody else quantized safe to use: called once, before anything else."""
@@ -323,13 +365,26 @@ class Quantizer(ABC):
 
     @classmethod
     def check_installed(cls) -> None:
-        """Raise `MissingDependency`, with the pip line, where a required package is not installed."""
-        missing = [req for req in cls.requires if not _installed(req)]
-        if missing:
-            raise MissingDependency(
-                f"{cls.name} needs {', '.join(missing)}, not installed here: "
-                f"pip install {' '.join(repr(m) for m in missing)}"
-            )
+        """Raise `MissingDependency`, with the pip line, where a required package is missing, too old or too new."""
+        found = cls.problem()
+        if found is not None:
+            raise MissingDependency(found[1])
+
+    @classmethod
+    def problem(cls) -> tuple[Literal["missing", "unusable"], str] | None:
+        """What keeps this backend from working on this machine, or None. Nothing is imported to look."""
+        absent, wrong = [], []
+        for requirement in cls.requires:
+            version, fits = _installed(requirement)
+            if version is None:
+                absent.append(requirement)
+            elif not fits:
+                wrong.append(f"{requirement} (installed is {version})")
+        if not absent and not wrong:
+            return None
+        needs = ", ".join([*(f"{a} (not installed)" for a in absent), *wrong])
+        line = " ".join(repr(r) for r in [*absent, *(w.partition(" (")[0] for w in wrong)])
+        return "missing" if absent else "unusable", f"{cls.name} needs {needs}: pip install {line}"
 
     @classmethod
     def owns(cls, module: nn.Module) -> bool:
@@ -337,15 +392,16 @@ class Quantizer(ABC):
         return any(f"{c.__module__}.{c.__qualname__}" in cls.layer_types for c in type(module).__mro__)
 
 
-def _installed(requirement: str) -> bool:
+def _installed(requirement: str) -> tuple[str | None, bool]:
+    """The installed version of a requirement's package, or None, and whether it fits."""
     from packaging.requirements import Requirement
 
     req = Requirement(requirement)
     try:
         version = importlib.metadata.version(req.name)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return req.specifier.contains(version, prereleases=True)
+        return None, False
+    return version, req.specifier.contains(version, prereleases=True)
 
 
 def code_options(options: Mapping[str, Any]) -> dict[str, Any]:

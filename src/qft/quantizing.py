@@ -211,7 +211,16 @@ def _quantize_in_memory(
     groups: Iterator[Group] = (Group(list(selection.targets), {}) for _ in range(1))
     if data is not None:
         kinds = data.kinds(selection.targets)
-        groups = collect(model, list(selection.targets), read, kinds, device=device, progress=progress)
+        new = any(q.statistics_through == "new" for q in selection.targets.values() if q.capabilities.needs_calibration)
+        groups = collect(
+            model,
+            list(selection.targets),
+            read,
+            kinds,
+            through="new" if new else "old",
+            device=device,
+            progress=progress,
+        )
     with (
         closing(groups),
         _all_or_marked(model, record, f"{len(selection.targets)} layers were to be quantized", one_by_one),

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -53,6 +54,10 @@ _entries: dict[str, Entry] = {
     ),
     "fp4": Entry(f"{_BNB}:BitsAndBytes4bit", {"quant_type": "fp4"}, ("bnb-fp4",), "FP4, blocks of 64 (bitsandbytes)"),
     "int8": Entry(f"{_BNB}:BitsAndBytes8bit", {}, ("llm.int8", "bitsandbytes_8bit"), "LLM.int8() (bitsandbytes)"),
+    "hqq": Entry("qft.backends.hqq:HQQ", {}, (), "integers of 1 to 8 bits, zero points fitted, no data (HQQ)"),
+    "quanto": Entry(
+        "qft.backends.quanto:Quanto", {}, ("optimum-quanto",), "int2, int4, int8 and float8 (optimum-quanto)"
+    ),
     "reference": Entry(
         "qft.backends.reference:Reference", {}, (), "NF4, FP4, integers of 2 to 8 bits, in pure PyTorch, on any device"
     ),
@@ -120,6 +125,7 @@ def register_quantizer(
     doc = summary or (quantizer.__doc__ or "").strip().partition("\n")[0] if not isinstance(quantizer, str) else summary
     _entries[name] = Entry(quantizer, {}, aliases, doc)
     _owners.cache_clear()
+    _converter.cache_clear()
     return quantizer
 
 
@@ -235,26 +241,45 @@ def _parse_value(text: str) -> Any:
 
 
 def _from_transformers(config: Any) -> Quantizer | None:
-    if type(config).__name__ == "BitsAndBytesConfig":
-        from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
-
-        if config.load_in_4bit:
-            return BitsAndBytes4bit(
-                quant_type=config.bnb_4bit_quant_type,
-                double_quant=config.bnb_4bit_use_double_quant,
-                compute_dtype=config.bnb_4bit_compute_dtype,
-                quant_storage=config.bnb_4bit_quant_storage,
-            )
-        if config.load_in_8bit:
-            if config.llm_int8_has_fp16_weight:
-                raise BadOption("llm_int8_has_fp16_weight keeps the weights in float16: nothing would be quantized")
-            return BitsAndBytes8bit(threshold=config.llm_int8_threshold)
-        raise BadOption("this BitsAndBytesConfig asks for neither load_in_4bit nor load_in_8bit")
-    if hasattr(config, "quant_method"):
+    if not hasattr(config, "quant_method"):
+        return None
+    options = config.to_dict()
+    method = options.get("quant_method") or config.quant_method
+    quantizer = from_config({**options, "quant_method": str(getattr(method, "value", method))})
+    if quantizer is None:
         raise UnknownQuantizer(
             f"no quantizer here takes a {type(config).__name__}; known: {', '.join([*_entries, *_third_parties()])}"
         )
+    return quantizer
+
+
+def from_config(config: Mapping[str, Any]) -> Quantizer | None:
+    """The quantizer that a checkpoint's `quantization_config` names, or None where no backend here reads its method.
+
+    Raises:
+        BadOption: one does, and not these options.
+    """
+    method = str(config.get("quant_method", ""))
+    for backend in _loaded():
+        if method in backend.config_methods:
+            return backend.from_config(config)
     return None
+
+
+def folder_reader(folder: Path) -> type[Quantizer] | None:
+    """The backend whose own tool wrote a folder, by its `folder_marks`, or None."""
+    return next((b for b in _loaded() if any((folder / mark).is_file() for mark in b.folder_marks)), None)
+
+
+def _loaded() -> list[type[Quantizer]]:
+    """Every registered class once, broken registrations apart: their name says so when it is asked for."""
+    found: dict[type[Quantizer], None] = {}
+    for entry in _entries.values():
+        try:
+            found[entry.load()] = None
+        except QftError:
+            continue
+    return list(found)
 
 
 def parse_spec(spec: Any) -> Spec:
@@ -269,7 +294,8 @@ def parse_spec(spec: Any) -> Spec:
 
 def _skips(spec: Any) -> tuple[str, ...]:
     """Modules that a transformers config leaves in float: they add to the default skips, and do not replace them."""
-    return tuple(getattr(spec, "llm_int8_skip_modules", None) or ())
+    named = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+    return tuple(module for name in named for module in getattr(spec, name, None) or ())
 
 
 def capabilities(spec: Any) -> Capabilities:
@@ -296,28 +322,36 @@ def _info(name: str, entry: Entry) -> QuantizerInfo:
     except Exception as error:  # a third party's module may raise anything
         return QuantizerInfo(name, "unusable", f"{type(error).__name__}: {error}", entry.summary)
     summary = entry.summary or (cls.__doc__ or "").strip().partition("\n")[0]
-    try:
-        cls.check_installed()
-    except MissingDependency as error:
-        if hasattr(cls, "fallback"):
-            return QuantizerInfo(name, "ready", f"through the reference quantizer, more slowly; {error}", summary)
-        return QuantizerInfo(name, "missing", str(error), summary)
-    return QuantizerInfo(name, "ready", "", summary)
+    problem = cls.problem()
+    if problem is None:
+        return QuantizerInfo(name, "ready", "", summary)
+    state, hint = problem
+    if hasattr(cls, "fallback"):
+        return QuantizerInfo(name, "ready", f"through the reference quantizer, more slowly; {hint}", summary)
+    return QuantizerInfo(name, state, hint, summary)
 
 
 @lru_cache
 def _owners(cls: type[nn.Module]) -> tuple[type[Quantizer], ...]:
     """The backends that may own layers of a class; looked up once a class, since models have thousands of modules."""
-    names = {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
-    found: dict[type[Quantizer], None] = {}
-    for entry in _entries.values():
-        try:
-            backend = entry.load()
-        except QftError:  # somebody's broken registration: their name says so when it is asked for
-            continue
-        if names.intersection(backend.layer_types):
-            found[backend] = None
-    return tuple(found)
+    names = _names(cls)
+    return tuple(backend for backend in _loaded() if names.intersection(backend.layer_types))
+
+
+@lru_cache
+def _converter(cls: type[nn.Module]) -> type[Quantizer] | None:
+    names = _names(cls)
+    return next((backend for backend in _loaded() if names.intersection(backend.foreign_types)), None)
+
+
+def _names(cls: type) -> set[str]:
+    return {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
+
+
+def converted(module: nn.Module) -> nn.Module | None:
+    """A backend's own layer over the codes of another tool's layer, or None where `module` is none that it knows."""
+    backend = _converter(type(module))  # type: ignore[arg-type]
+    return None if backend is None else backend.converted(module)
 
 
 def quantizer_of(module: nn.Module) -> Quantizer | None:

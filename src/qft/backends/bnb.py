@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qft.errors import BadOption, QftWarning
 from qft.lora.autograd import lora_linear
 from qft.packed import dequantizer
-from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, float_weight
+from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, as_dtype, float_weight
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEVICES = frozenset({"cpu", "cuda", "xpu"})
@@ -72,6 +72,7 @@ class BitsAndBytes4bit(_BitsAndBytes):
 
     name: ClassVar[str] = "bitsandbytes_4bit"
     layer_types: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear4bit",)
+    config_methods: ClassVar[tuple[str, ...]] = ("bitsandbytes",)  # and BitsAndBytes8bit's: see from_config
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = False
@@ -117,6 +118,22 @@ class BitsAndBytes4bit(_BitsAndBytes):
             compute_dtype=module.compute_dtype if getattr(module, "compute_type_is_set", False) else None,
             quant_storage=module.weight.dtype,
         )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Quantizer:
+        """Both formats of bitsandbytes: their configs have one method."""
+        if config.get("load_in_4bit") or config.get("_load_in_4bit"):
+            return BitsAndBytes4bit(
+                quant_type=config.get("bnb_4bit_quant_type", "fp4"),
+                double_quant=config.get("bnb_4bit_use_double_quant", False),
+                compute_dtype=as_dtype(config.get("bnb_4bit_compute_dtype") or "float32"),
+                quant_storage=as_dtype(config.get("bnb_4bit_quant_storage") or "uint8"),
+            )
+        if config.get("load_in_8bit") or config.get("_load_in_8bit"):
+            if config.get("llm_int8_has_fp16_weight"):
+                raise BadOption("llm_int8_has_fp16_weight keeps the weights in float16: nothing would be quantized")
+            return BitsAndBytes8bit(threshold=config.get("llm_int8_threshold", 6.0))
+        raise BadOption("this BitsAndBytesConfig asks for neither load_in_4bit nor load_in_8bit")
 
     def adopt(self, module: nn.Module) -> None:
         # On CPUs with AVX512-BF16, one forward in eval mode repacks the weight in a layout that dequantize_4bit,

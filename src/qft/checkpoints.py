@@ -1,0 +1,207 @@
+"""Checkpoints that other tools quantized, read into packed layers without those tools: names, shapes, and checks first.
+
+A backend that is a `TensorQuantizer` and reads the checkpoint's `quantization_config` (`Quantizer.from_config`) gets
+its tensors streamed into `PackedLinear`s by transformers. Everything else is left to transformers' own quantizers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from qft import hf
+from qft.errors import BadFolder, BadOption, QftError
+from qft.packed import TensorQuantizer
+from qft.quantizer import is_conv1d
+from qft.registry import folder_reader, from_config
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+           "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn",
+           "F8_E5M2": "float8_e5m2"}  # fmt: skip
+
+
+def tensors_of(path: str, options: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor in a checkpoint's safetensors files, from their headers alone.
+
+    Raises:
+        BadFolder: no safetensors, or files that are missing or damaged.
+    """
+    from transformers.utils import cached_file
+
+    where = {k: options[k] for k in HUB_OPTIONS if options.get(k) is not None}
+
+    def find(name: str, needed: bool) -> str | None:
+        try:
+            found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **where)
+        except OSError as error:
+            raise BadFolder(f"cannot read {name} of {path}: {error}") from error
+        if found is None and needed:
+            raise BadFolder(f"{path} lacks {name}: the folder is incomplete, download or save it again")
+        return found
+
+    index = find("model.safetensors.index.json", needed=False)
+    names = ["model.safetensors"]
+    if index is not None:
+        try:
+            with open(index, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadFolder(f"{index} is damaged: {error}") from error
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name in names:
+        file_name = find(name, needed=True)
+        try:
+            with safe_open(file_name, framework="pt") as file:
+                for key in file.keys():
+                    view = file.get_slice(key)
+                    dtype = getattr(torch, _DTYPES.get(view.get_dtype(), view.get_dtype()))
+                    found[key] = (tuple(view.get_shape()), dtype)
+        except Exception as error:
+            raise BadFolder(f"{file_name} is damaged, download or save it again: {error}") from error
+    return found
+
+
+def packed_config(path: str, config: Any, cls: type, options: Mapping[str, Any]) -> tuple[Any, dict[str, str]] | None:
+    """How to load a checkpoint into packed layers: a config for transformers, and a renaming of stored tensors.
+
+    None where no `TensorQuantizer` here reads the checkpoint's method.
+
+    Raises:
+        BadOption: a method that a backend here reads, with options that it does not have.
+        BadFolder: missing, extra or misshapen tensors, by name.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, Mapping):
+        stored = stored.to_dict()
+    method = stored.get("quant_method")
+    quantizer = from_config({**stored, "quant_method": str(getattr(method, "value", method))})
+    if not isinstance(quantizer, TensorQuantizer):
+        return None
+    quantizer.check_installed()
+    tensors = tensors_of(path, options)
+    with torch.device("meta"):
+        skeleton = cls(_without_quantization(config))
+    dtype = options.get("dtype")
+    if not isinstance(dtype, torch.dtype):
+        dtype = getattr(config, "dtype", None) or torch.float16
+    found = _Layers(path, skeleton, tensors, quantizer, dtype)
+    packed = hf.QftConfig([quantizer], found.templates, found.layers)
+    return packed, found.renames()
+
+
+def tool_folder(path: str, config: Any, cls: type, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `from_pretrained` wants for a local folder that a backend's own tool wrote: config, state dict and dtype.
+
+    None for any other folder.
+
+    Raises:
+        BadFolder: files that are damaged, or layers that are not the model's.
+        UnsupportedOperation: layers that the backend does not read.
+    """
+    folder = Path(path, options.get("subfolder") or "")
+    backend = folder_reader(folder)
+    if backend is None:
+        return None
+    with torch.device("meta"):
+        skeleton = cls(config)
+    layers, state = backend.read_folder(folder, skeleton)
+    linears = {n: tuple(m.weight.shape) for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
+    wrong = [n for n, layer in layers.items() if linears.get(n) != (layer.out_features, layer.in_features)]
+    if wrong or not layers:
+        raise BadFolder(
+            f"{folder} holds {len(wrong)} quantized layers that its {cls.__name__} does not have, {min(wrong)} first"
+            if wrong
+            else f"{folder} says that {backend.name} quantized it, and holds no quantized layer"
+        )
+    for name, layer in layers.items():
+        state |= {f"{name}.{key}": value.detach() for key, value in layer.state_dict().items()}
+    config = copy.deepcopy(config)
+    config.quantization_config = hf.describe_packed(layers.items()).to_dict()
+    dtype = options.get("dtype")
+    if not isinstance(dtype, torch.dtype):
+        dtype = next(iter(layers.values())).dtype
+    return {"config": config, "state_dict": state, "dtype": dtype}
+
+
+def _without_quantization(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+class _Layers:
+    """The quantized layers of a checkpoint, matched with the linear layers of its model."""
+
+    def __init__(self, path: str, model: nn.Module, tensors: Any, quantizer: TensorQuantizer, dtype: torch.dtype):
+        self.path, self.quantizer = path, quantizer
+        self.layers: dict[str, list[Any]] = {}
+        self.templates: dict[str, Any] = {}
+        self.prefixes: dict[str, str] = {}
+        codes = self._stored("qweight")
+        owners = {key.removesuffix(f".{codes}") for key, (_, d) in tensors.items()
+                  if key.endswith(f".{codes}") and not (codes == "weight" and d.is_floating_point)}  # fmt: skip
+        base = getattr(model, "base_model_prefix", "") or ""
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Linear) and not is_conv1d(module):
+                continue
+            there = next((n for n in (name, f"{base}.{name}", name.removeprefix(f"{base}.")) if n in owners), None)
+            if there is not None:
+                owners.remove(there)
+                self._add(name, there, module, tensors, dtype)
+        if owners:
+            raise BadFolder(
+                f"{path} holds {len(owners)} quantized layers that its {type(model).__name__} does not have, "
+                f"{min(owners)} first"
+            )
+        if not self.layers:
+            raise BadFolder(f"{path} says that it is quantized ({quantizer.name}), and holds no {codes} of any layer")
+
+    def _stored(self, name: str) -> str:
+        return self.quantizer.stored_names.get(name, name)
+
+    def _add(self, name: str, there: str, module: nn.Module, tensors: Any, dtype: torch.dtype) -> None:
+        conv1d = is_conv1d(module)
+        out_features, in_features = reversed(module.weight.shape) if conv1d else module.weight.shape
+        try:
+            self.quantizer.resolve([(name, (out_features, in_features))])
+            template = self.quantizer.template((out_features, in_features), dtype)
+        except QftError as error:
+            raise BadFolder(f"{self.path}: {error}") from error
+        held = {}
+        for key, (shape, kind) in template.items():
+            stored = f"{there}.{self._stored(key)}"
+            if stored not in tensors:
+                raise BadFolder(f"{self.path} lacks {stored}: the checkpoint is incomplete, or of another format")
+            found_shape, found_kind = tensors[stored]
+            if found_shape != tuple(shape) or (
+                found_kind != kind and not (kind.is_floating_point and found_kind.is_floating_point)
+            ):
+                raise BadFolder(
+                    f"{stored} in {self.path} is {found_kind} {found_shape}, and {self.quantizer!r} keeps {kind} "
+                    f"{tuple(shape)} for a weight of {out_features} × {in_features}"
+                )
+            held[key] = [list(found_shape), str(found_kind).removeprefix("torch.")]
+        number = str(dtype).removeprefix("torch.")
+        key = f"0:{out_features}x{in_features}:{number}"
+        if self.templates.setdefault(key, held) != held:
+            raise BadOption(f"{there} keeps other dtypes than other layers of its shape: this is not supported")
+        self.layers[name] = [0, out_features, in_features, "conv1d" if conv1d else "linear", number]
+        self.prefixes[name] = there
+
+    def renames(self) -> dict[str, str]:
+        """`key_mapping` for `from_pretrained`: stored names of packed tensors to ours."""
+        return {
+            rf"^({'|'.join(map(re.escape, self.prefixes.values()))})\.{re.escape(theirs)}$": rf"\1.{ours}"
+            for ours, theirs in self.quantizer.stored_names.items()
+        }
