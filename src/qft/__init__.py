@@ -48,11 +48,13 @@ from qft.saving import save
 if _typing.TYPE_CHECKING:
     from qft import testing
     from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
+    from qft.backends.gptq import GPTQ
     from qft.backends.reference import Reference
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPTQ",
     "QERA",
     "AdapterInit",
     "AdapterMismatch",
@@ -109,6 +111,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "GPTQ": "qft.backends.gptq",
     "Reference": "qft.backends.reference",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",

@@ -53,6 +53,9 @@ _entries: dict[str, Entry] = {
     ),
     "fp4": Entry(f"{_BNB}:BitsAndBytes4bit", {"quant_type": "fp4"}, ("bnb-fp4",), "FP4, blocks of 64 (bitsandbytes)"),
     "int8": Entry(f"{_BNB}:BitsAndBytes8bit", {}, ("llm.int8", "bitsandbytes_8bit"), "LLM.int8() (bitsandbytes)"),
+    "gptq": Entry(
+        "qft.backends.gptq:GPTQ", {}, ("gptqmodel", "auto-gptq"), "GPTQ, 2, 3, 4 or 8 bits, its checkpoints' own layout"
+    ),
     "reference": Entry(
         "qft.backends.reference:Reference", {}, (), "NF4, FP4, integers of 2 to 8 bits, in pure PyTorch, on any device"
     ),
@@ -80,6 +83,9 @@ class Spec:
 
     quantizers: Mapping[str, Quantizer | None]
     skip: tuple[str, ...] = ()
+    calibration: Any = None
+    """What a transformers config brings along as its `dataset` and `tokenizer`; data given by the caller wins."""
+    tokenizer: Any = None
 
 
 def register_quantizer(
@@ -279,12 +285,28 @@ def parse_spec(spec: Any) -> Spec:
             raise BadOption("a mapping of quantizers has module patterns as its keys, such as {'*.mlp.*': 'nf4'}")
         quantizers = {k: None if v is None else get_quantizer(v) for k, v in spec.items()}
         return Spec(quantizers, tuple(dict.fromkeys(s for v in spec.values() for s in _skips(v))))
-    return Spec({"*": get_quantizer(spec)}, _skips(spec))
+    quantizer = get_quantizer(spec)
+    # transformers' configs may name the only layers to quantize, by how their names end
+    only = getattr(spec, "modules_in_block_to_quantize", None) if not isinstance(spec, Quantizer) else None
+    names = [f"*{name}" for group in only for name in ([group] if isinstance(group, str) else group)] if only else ["*"]
+    return Spec(dict.fromkeys(names, quantizer), _skips(spec), getattr(spec, "dataset", None), _tokenizer(spec))
 
 
 def _skips(spec: Any) -> tuple[str, ...]:
     """Modules that a transformers config leaves in float: they add to the default skips, and do not replace them."""
     return tuple(getattr(spec, "llm_int8_skip_modules", None) or ())
+
+
+def _tokenizer(spec: Any) -> Any:
+    tokenizer = getattr(spec, "tokenizer", None)
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer)
+    except Exception as error:
+        raise BadOption(f"the tokenizer {tokenizer!r} of the {type(spec).__name__} cannot be loaded: {error}") from error
 
 
 def capabilities(spec: Any) -> Capabilities:
