@@ -24,7 +24,7 @@ PUBLIC = {
     "audit available_quantizers capabilities get_quantizer load merge merge_to_float prepare_model_for_kbit_training",
     "quantize quantize_and_wrap register_quantizer save unmerge wrap",
     # what they take and give
-    "AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Capabilities LoftQ MergeReport PackedLinear QuantizedWeight",
+    "AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit GPTQ Capabilities LoftQ MergeReport PackedLinear QuantizedWeight",
     "Quantizer QuantizerInfo Reference TensorQuantizer",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",

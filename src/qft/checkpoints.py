@@ -97,7 +97,7 @@ def packed_config(path: str, config: Any, cls: type, options: Mapping[str, Any])
         if _read(path, options, name).any():
             raise BadFolder(f"{path} holds {name}, and the {cls.__name__} of its config has no such bias")
     packed = hf.QftConfig([quantizer], found.templates, found.layers)
-    return packed, found.renames()
+    return packed.to_dict(), found.renames()  # as config.json would hold it
 
 
 def _read(path: str, options: Mapping[str, Any], key: str) -> torch.Tensor:

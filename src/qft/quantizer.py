@@ -259,7 +259,9 @@ class Quantizer(ABC):
         """
         return None
 
-    def transformers_config_for(self, quantized: list[str], skipped: list[str], dtype: torch.dtype | None) -> Any | None:
+    def transformers_config_for(
+        self, quantized: list[str], skipped: list[str], dtype: torch.dtype | None
+    ) -> Any | None:
         """`transformers_config`, for a format whose config lists what is quantized, too."""
         return self.transformers_config(skipped, dtype)
 

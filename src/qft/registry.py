@@ -306,7 +306,9 @@ def _tokenizer(spec: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(tokenizer)
     except Exception as error:
-        raise BadOption(f"the tokenizer {tokenizer!r} of the {type(spec).__name__} cannot be loaded: {error}") from error
+        raise BadOption(
+            f"the tokenizer {tokenizer!r} of the {type(spec).__name__} cannot be loaded: {error}"
+        ) from error
 
 
 def capabilities(spec: Any) -> Capabilities:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qft.bits import pack_bits, unpack_bits
-from qft.errors import BadFolder, BadOption, BadShape, UnsupportedOperation
+from qft.errors import BadFolder, BadOption, BadShape, QftWarning, UnsupportedOperation
 from qft.feedback import nearest, with_feedback
 from qft.packed import PackedLinear, TensorQuantizer
 from qft.quantizer import Capabilities
@@ -171,7 +172,9 @@ class GPTQ(TensorQuantizer):
             owner = packed["g_idx"].to(words.device)
             value.sub_(zero.index_select(1, owner)).mul_(scale.index_select(1, owner))
         else:
-            value = value.view(rows, scale.shape[1], -1).sub_(zero[..., None]).mul_(scale[..., None]).view(rows, columns)
+            value = (
+                value.view(rows, scale.shape[1], -1).sub_(zero[..., None]).mul_(scale[..., None]).view(rows, columns)
+            )
         value = value.to(scales.dtype)
         return value.to(dtype) if out is None else out.copy_(value)
 
@@ -237,13 +240,17 @@ class GPTQ(TensorQuantizer):
             raise UnsupportedOperation(f"{kind} packs codes in {module.qweight.dtype} words, and qft reads int32 ones")
         shape = (module.out_features, module.in_features)
         asked = getattr(module, "requested_group_size", module.group_size)
-        quantizer = cls(
-            bits=module.bits,
-            group_size=asked,
-            desc_act=bool(module.desc_act),
-            symmetric=bool(module.sym),
-            checkpoint_format="gptq_v2",
-        )
+        quantizer = cls(bits=module.bits, group_size=asked, checkpoint_format="gptq_v2")
+        zero = quantizer._zeros(module.qzeros, module.out_features)
+        # optimum gives its layers `sym` in the place of `desc_act`, and the other way round: the zero points know
+        symmetric, everywhere = bool((zero == 2 ** (module.bits - 1)).all()), bool((zero == zero[0, 0]).all())
+        if everywhere and not symmetric and zero.numel() >= 32:
+            raise UnsupportedOperation(
+                f"every zero point of this {kind} is {int(zero[0, 0])}, and the middle is {2 ** (module.bits - 1)}: its "
+                "checkpoint's format was mistaken for another when it was loaded; load the folder with qft"
+            )
+        desc_act = bool(module.desc_act if symmetric == bool(module.sym) else module.sym)
+        quantizer = replace(quantizer, symmetric=symmetric, desc_act=desc_act)
         device = module.qweight.device
         packed = {n: getattr(module, n).detach().to(device) for n in ("qweight", "qzeros", "scales", "g_idx")}
         # tensors that were made under inference_mode cannot be changed in place
@@ -256,9 +263,37 @@ class GPTQ(TensorQuantizer):
         owner, (groups, _) = layer.packed["g_idx"], layer.packed["scales"].shape
         if int(owner.min()) < 0 or int(owner.max()) >= groups:
             raise BadFolder(f"{name}.g_idx names groups that there are not ({groups} are): the model is damaged")
+        quantizer = self._as_stored(name, layer)
         natural = _natural(layer.in_features, self._group_size((layer.out_features, layer.in_features)), owner.device)
         if not self.desc_act and not torch.equal(owner, natural):
-            layer.quantizer = replace(self, desc_act=True)
+            quantizer = replace(quantizer, desc_act=True)
+        layer.quantizer = quantizer
+
+    def _as_stored(self, name: str, layer: PackedLinear) -> GPTQ:
+        """Symmetric zero points lie in the middle: by that, a config that names the wrong format is found out.
+
+        optimum saves version one under a config that says two, and transformers version two under one that says one.
+        """
+        if not self.symmetric:
+            return self
+        both = (self, replace(self, checkpoint_format="gptq_v2" if self.checkpoint_format == "gptq" else "gptq"))
+        for quantizer in both:
+            zero = quantizer._zeros(layer.packed["qzeros"].detach(), layer.out_features)
+            if bool((zero == 2 ** (self.bits - 1)).all()):
+                if quantizer is not self:
+                    warnings.warn(
+                        f"this checkpoint's config says {self.checkpoint_format}, and its zero points are those of "
+                        f"{quantizer.checkpoint_format}: they are read as such",
+                        QftWarning,
+                        stacklevel=2,
+                    )
+                return quantizer
+        if bool((zero == zero[0, 0]).all()):
+            raise BadFolder(
+                f"{name}: the config says symmetric, and every zero point is off the middle by the same amount, as rounds "
+                "of loading and saving in other tools leave them: take the checkpoint that was saved first"
+            )
+        return replace(self, symmetric=False)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GPTQ:
@@ -269,7 +304,9 @@ class GPTQ(TensorQuantizer):
     def transformers_config(self, skipped: list[str], dtype: torch.dtype | None) -> Any | None:
         return self.transformers_config_for([], skipped, dtype)
 
-    def transformers_config_for(self, quantized: list[str], skipped: list[str], dtype: torch.dtype | None) -> Any | None:
+    def transformers_config_for(
+        self, quantized: list[str], skipped: list[str], dtype: torch.dtype | None
+    ) -> Any | None:
         from qft.backends.gptq_config import written
 
         return written(self, quantized, skipped)
