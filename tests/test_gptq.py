@@ -326,6 +326,22 @@ def test_only_the_listed_modules():
     assert {n.rpartition(".")[2] for n, *_ in quantized(model)} == {"q_proj", "down_proj"}
 
 
+def test_a_config_under_a_pattern():
+    pytest.importorskip("optimum", reason="pip install optimum")
+    from transformers import GPTQConfig
+
+    config = GPTQConfig(bits=4, group_size=32, dataset=DATA.tolist())
+    model = qft.quantize(llama(), {"*.mlp.*": config, "*": None}, progress=False)
+    assert {n.split(".")[3] for n, *_ in quantized(model)} == {"mlp"}
+    with refuses(qft.BadOption, "modules_in_block_to_quantize", "*.mlp.*"):
+        qft.quantize(
+            llama(),
+            {"*.mlp.*": GPTQConfig(bits=4, modules_in_block_to_quantize=[["up_proj"]])},
+            calibration=DATA,
+            progress=False,
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

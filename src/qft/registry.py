@@ -284,12 +284,15 @@ def parse_spec(spec: Any) -> Spec:
         if not spec or not all(isinstance(k, str) for k in spec):
             raise BadOption("a mapping of quantizers has module patterns as its keys, such as {'*.mlp.*': 'nf4'}")
         quantizers = {k: None if v is None else get_quantizer(v) for k, v in spec.items()}
-        return Spec(quantizers, tuple(dict.fromkeys(s for v in spec.values() for s in _skips(v))))
+        for pattern, value in spec.items():
+            if _only(value):
+                raise BadOption(f"modules_in_block_to_quantize under the pattern {pattern!r}: write patterns for them")
+        data = next((v for v in spec.values() if _dataset(v) is not None), None)
+        skips = tuple(dict.fromkeys(s for v in spec.values() for s in _skips(v)))
+        return Spec(quantizers, skips, _dataset(data), _tokenizer(data))
     quantizer = get_quantizer(spec)
-    # transformers' configs may name the only layers to quantize, by how their names end
-    only = getattr(spec, "modules_in_block_to_quantize", None) if not isinstance(spec, Quantizer) else None
-    names = [f"*{name}" for group in only for name in ([group] if isinstance(group, str) else group)] if only else ["*"]
-    return Spec(dict.fromkeys(names, quantizer), _skips(spec), getattr(spec, "dataset", None), _tokenizer(spec))
+    names = [f"*{name}" for name in _only(spec)] or ["*"]
+    return Spec(dict.fromkeys(names, quantizer), _skips(spec), _dataset(spec), _tokenizer(spec))
 
 
 def _skips(spec: Any) -> tuple[str, ...]:
@@ -297,8 +300,18 @@ def _skips(spec: Any) -> tuple[str, ...]:
     return tuple(getattr(spec, "llm_int8_skip_modules", None) or ())
 
 
+def _only(spec: Any) -> list[str]:
+    """The only layers that a transformers config wants quantized, by how their names end; none for all."""
+    groups = getattr(spec, "modules_in_block_to_quantize", None) if hasattr(spec, "quant_method") else None
+    return [name for group in groups or () for name in ([group] if isinstance(group, str) else group)]
+
+
+def _dataset(spec: Any) -> Any:
+    return getattr(spec, "dataset", None) if hasattr(spec, "quant_method") else None
+
+
 def _tokenizer(spec: Any) -> Any:
-    tokenizer = getattr(spec, "tokenizer", None)
+    tokenizer = getattr(spec, "tokenizer", None) if _dataset(spec) is not None else None
     if not isinstance(tokenizer, str):
         return tokenizer
     from transformers import AutoTokenizer
