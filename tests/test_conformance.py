@@ -17,6 +17,8 @@ SPECS = [
     "fp4:double_quant=true,block_size=32",
     "int8",
     "int8:threshold=0.0",
+    "gptq",
+    "gptq:bits=3,group_size=32,desc_act=true",
     "hqq",
     "hqq:bits=2,axis=0",
     "hqq:bits=3,group_size=16",

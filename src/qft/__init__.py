@@ -51,6 +51,7 @@ from qft.transferring import transfer
 if _typing.TYPE_CHECKING:
     from qft import testing
     from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
+    from qft.backends.gptq import GPTQ
     from qft.backends.hqq import HQQ
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
@@ -58,6 +59,7 @@ if _typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPTQ",
     "HQQ",
     "QERA",
     "AdapterInit",
@@ -119,6 +121,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "GPTQ": "qft.backends.gptq",
     "HQQ": "qft.backends.hqq",
     "Quanto": "qft.backends.quanto",
     "Reference": "qft.backends.reference",

@@ -95,8 +95,25 @@ def packed_config(path: str, config: Any, cls: type, options: Mapping[str, Any])
     if not isinstance(dtype, torch.dtype):
         dtype = getattr(config, "dtype", None) or torch.float16
     found = _Layers(path, skeleton, tensors, quantizer, dtype)
+    for name in found.idle_biases:
+        if _read(path, options, name).any():
+            raise BadFolder(f"{path} holds {name}, and the {cls.__name__} of its config has no such bias")
     packed = hf.QftConfig([quantizer], found.templates, found.layers)
-    return packed, found.renames()
+    return packed.to_dict(), found.renames()  # as config.json would hold it
+
+
+def _read(path: str, options: Mapping[str, Any], key: str) -> torch.Tensor:
+    """One tensor of a checkpoint."""
+    from transformers.utils import cached_file
+
+    where = {k: options[k] for k in HUB_OPTIONS if options.get(k) is not None}
+    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **where)
+    name = "model.safetensors"
+    if index is not None:
+        with open(index, encoding="utf-8") as file:
+            name = json.load(file)["weight_map"][key]
+    with safe_open(cached_file(path, name, **where), framework="pt") as file:
+        return file.get_tensor(key)
 
 
 def tool_folder(path: str, config: Any, cls: type, options: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -148,6 +165,11 @@ class _Layers:
         self.layers: dict[str, list[Any]] = {}
         self.templates: dict[str, Any] = {}
         self.prefixes: dict[str, str] = {}
+        self.idle_biases: list[str] = []
+        """Biases of layers without one: some tools store zeros for every layer."""
+        self.held: dict[str, set[str]] = {}
+        for key in tensors:
+            self.held.setdefault(key.rpartition(".")[0], set()).add(key.rpartition(".")[2])
         codes = self._stored("qweight")
         owners = {key.removesuffix(f".{codes}") for key, (_, d) in tensors.items()
                   if key.endswith(f".{codes}") and not (codes == "weight" and d.is_floating_point)}  # fmt: skip
@@ -192,6 +214,14 @@ class _Layers:
                     f"{tuple(shape)} for a weight of {out_features} × {in_features}"
                 )
             held[key] = [list(found_shape), str(found_kind).removeprefix("torch.")]
+        others = self.held[there] - {self._stored(key) for key in template} - {"bias"}
+        if others:
+            raise BadFolder(
+                f"{self.path} holds {there}.{min(others)}, which {self.quantizer!r} knows nothing of: the layer computes "
+                "something else"
+            )
+        if module.bias is None and "bias" in self.held[there]:
+            self.idle_biases.append(f"{there}.bias")
         number = str(dtype).removeprefix("torch.")
         key = f"0:{out_features}x{in_features}:{number}"
         if self.templates.setdefault(key, held) != held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -124,6 +125,9 @@ class QftHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.plan is None:
             _freeze_biases(model)
+            for name, module in model.named_modules():
+                if isinstance(module, PackedLinear) and not module._first.is_meta:
+                    module.quantizer.loaded(name, module)
             quantizers: dict[str, Quantizer] = {
                 n: m.quantizer for n, m in model.named_modules() if isinstance(m, PackedLinear)
             }
@@ -229,7 +233,11 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
     quantizers = list(dict.fromkeys(record.quantizers.values()))
     described: Any = None
     if len(quantizers) == 1:  # the backend's own format, where it has one that others read
-        described = quantizers[0].transformers_config(_unquantized_linears(model), getattr(model, "dtype", None))
+        described = quantizers[0].transformers_config_for(
+            [n for n, m in bare_layers(model) if quantizer_of(m) is not None],
+            _unquantized_linears(model),
+            getattr(model, "dtype", None),
+        )
     if described is None and all(isinstance(q, TensorQuantizer) for q in quantizers):
         described = describe_packed(bare_layers(model))
         described.qft_serializable = all(q.capabilities.serializable for q in quantizers)
@@ -328,11 +336,7 @@ def adopt(model: nn.Module) -> marks.Record | None:
     if record is not None:
         return record
     base = marks.base_model(model)
-    # all of them before the first is replaced: one may be refused
-    ours = {name: converted(module) for name, module in base.named_modules() if name}
-    for name, layer in ours.items():
-        if layer is not None:
-            replace_module(base, name, layer)
+    _convert_layers(base)
     dtype = getattr(getattr(base, "config", None), "dtype", None)
     found: dict[str, Quantizer] = {}
     for name, module in base.named_modules():
@@ -347,6 +351,32 @@ def adopt(model: nn.Module) -> marks.Record | None:
     record = marks.Record(quantizers=found)
     mark(base, record)
     return record
+
+
+def _convert_layers(model: nn.Module) -> None:
+    """Put our own layers in the place of other tools'; none before all of them can be converted."""
+    found = {n: converted(m) for n, m in model.named_modules() if n}
+    ours = {n: m for n, m in found.items() if m is not None}
+    dtype, transposed = getattr(model, "dtype", None), _conv1d_names(model) if ours else set()
+    for name, layer in ours.items():
+        if isinstance(layer, PackedLinear):
+            if isinstance(dtype, torch.dtype):  # other tools' layers do not know what the model computes in
+                layer.dtype = dtype
+                if layer.bias is not None:
+                    layer.bias.data = layer.bias.data.to(dtype)
+            if name in transposed:
+                layer.kind = "conv1d"
+        replace_module(model, name, layer)
+
+
+def _conv1d_names(model: nn.Module) -> set[str]:
+    """The layers that are `Conv1D` in the float model: those of other tools do not say so."""
+    if not hasattr(sys.modules.get(type(model).__module__), "Conv1D"):
+        return set()
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        return {n for n, m in type(model)(config).named_modules() if is_conv1d(m)}
 
 
 def mark(model: nn.Module, record: marks.Record) -> None:

@@ -215,8 +215,7 @@ def _packed(path: str, cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     found = packed_config(path, config, cls, kwargs)
     if found is None:
         return {}
-    described, renames = found
-    config.quantization_config = described.to_dict()
+    config.quantization_config, renames = found
     return {"config": config, **({"key_mapping": renames} if renames else {})}
 
 

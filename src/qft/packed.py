@@ -120,6 +120,13 @@ class TensorQuantizer(Quantizer):
     ) -> Tensor:
         """The inverse: floats of `shape` in `dtype`, computed in float32, written into `out` where it is given."""
 
+    def loaded(self, name: str, layer: PackedLinear) -> None:
+        """Look at the tensors of a layer that came from a checkpoint, once; `layer.quantizer` may be replaced.
+
+        Raises:
+            BadFolder: they cannot be right.
+        """
+
     # ---- inherited by every format -----------------------------------------------------------------------
 
     @classmethod

@@ -296,6 +296,16 @@ class Quantizer(ABC):
         """
         return None
 
+    def transformers_config_for(
+        self, quantized: list[str], skipped: list[str], dtype: torch.dtype | None
+    ) -> Any | None:
+        """`transformers_config`, for a format whose config lists what is quantized, too."""
+        return self.transformers_config(skipped, dtype)
+
+    def doubt(self, shape: tuple[int, ...], statistics: Any) -> str | None:
+        """Why these statistics, or None for none at all, are too thin for a weight of `shape`; None if they will do."""
+        return None
+
     def quantize(
         self,
         model: nn.Module,
@@ -404,9 +414,12 @@ def _installed(requirement: str) -> tuple[str | None, bool]:
     return version, req.specifier.contains(version, prereleases=True)
 
 
+_NOT_IN_CODES = ("compute_dtype", "threshold", "damp_percent", "act_group_aware", "checkpoint_format")
+
+
 def code_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `Quantizer.to_dict()` decides the codes; the rest is about a vendor's forward."""
-    return {k: v for k, v in options.items() if k not in ("compute_dtype", "threshold")}
+    """What of `Quantizer.to_dict()` can be told by the codes; the rest is about a vendor's forward, or how they came."""
+    return {k: v for k, v in options.items() if k not in _NOT_IN_CODES}
 
 
 def _to_json(value: Any) -> Any:

@@ -111,9 +111,13 @@ def quantize_as(
     if spec.skip:
         skip = _joined(skip, spec.skip)
     quantizers = list(spec.quantizers.values())
-    for q in quantizers:
-        if q is not None and q.capabilities.needs_calibration and calibration is None:
-            raise NeedsCalibration(f"{q!r} needs calibration data: pass calibration=")
+    if calibration is None and spec.calibration is not None:
+        calibration, tokenizer = spec.calibration, tokenizer if tokenizer is not None else spec.tokenizer
+        if isinstance(calibration, str):
+            raise NeedsCalibration(
+                f"the data set {calibration!r} would have to be downloaded: pass calibration= with texts and tokenizer=, "
+                "token ids, or a datasets.Dataset"
+            )
     wanted = needs is not None or any(q is not None and q.capabilities.needs_calibration for q in quantizers)
     if calibration is not None and not wanted:
         warn_unused_calibration()
@@ -154,6 +158,14 @@ class _Data:
         return batches(self.calibration, self.tokenizer, model=model)
 
 
+def _check_calibration(spec: Spec, data: _Data | None) -> None:
+    for q in spec.quantizers.values():
+        if q is not None and q.capabilities.needs_calibration and (data is None or data.calibration is None):
+            raise NeedsCalibration(
+                f"{q!r} needs calibration data: pass calibration= (texts with tokenizer=, token ids, batches, a dataset)"
+            )
+
+
 def warn_unused_calibration() -> None:
     """Say that data was passed which nothing reads."""
     warnings.warn(
@@ -182,6 +194,7 @@ def _quantize_in_memory(
     record = hf.adopt(model)
     if record is not None:
         return _already(model, record, spec)
+    _check_calibration(spec, data)
     if hasattr(model, "peft_config"):
         raise BadOption("this model has adapters: quantize first, then wrap")
     selection = select(model, spec.quantizers, skip)
@@ -221,12 +234,16 @@ def _quantize_in_memory(
             device=device,
             progress=progress,
         )
+    doubts: dict[str, str] = {}
     with (
         closing(groups),
         _all_or_marked(model, record, f"{len(selection.targets)} layers were to be quantized", one_by_one),
     ):
         for group in groups:
             for q, names in _by_quantizer(selection.targets, group.names).items():
+                if data is not None and q.capabilities.needs_calibration:
+                    found = {n: q.doubt(shapes[n], group.statistics.get(n)) for n in names}
+                    doubts |= {n: text for n, text in found.items() if text is not None}
                 bar = _bar(progress and data is None, f"quantizing to {q.name}")
                 q.quantize(
                     model,
@@ -245,6 +262,9 @@ def _quantize_in_memory(
             model.to(device)
     record.fingerprint = marks.fingerprint(shapes, samples)
     hf.mark(model, record)
+    if doubts:
+        name = next(iter(doubts))
+        warnings.warn(f"{name} and {len(doubts) - 1} other layers: {doubts[name]}", QftWarning, stacklevel=4)
     return model
 
 
@@ -269,6 +289,8 @@ def _quantize_path(
     stored = stored_quantization(path, options)
     if stored and on_weight is not None:
         raise NeedsOriginal(f"{path} is quantized already ({stored}), and the init needs the float weights: load those")
+    if not stored:
+        _check_calibration(spec, data)
     if data is not None and not stored:  # statistics take a model that runs: it waits in host memory, block by block
         model = load_quantized(
             path,

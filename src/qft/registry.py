@@ -54,6 +54,9 @@ _entries: dict[str, Entry] = {
     ),
     "fp4": Entry(f"{_BNB}:BitsAndBytes4bit", {"quant_type": "fp4"}, ("bnb-fp4",), "FP4, blocks of 64 (bitsandbytes)"),
     "int8": Entry(f"{_BNB}:BitsAndBytes8bit", {}, ("llm.int8", "bitsandbytes_8bit"), "LLM.int8() (bitsandbytes)"),
+    "gptq": Entry(
+        "qft.backends.gptq:GPTQ", {}, ("gptqmodel", "auto-gptq"), "GPTQ, 2, 3, 4 or 8 bits, its checkpoints' own layout"
+    ),
     "hqq": Entry("qft.backends.hqq:HQQ", {}, (), "integers of 1 to 8 bits, zero points fitted, no data (HQQ)"),
     "quanto": Entry(
         "qft.backends.quanto:Quanto", {}, ("optimum-quanto",), "int2, int4, int8 and float8 (optimum-quanto)"
@@ -85,6 +88,9 @@ class Spec:
 
     quantizers: Mapping[str, Quantizer | None]
     skip: tuple[str, ...] = ()
+    calibration: Any = None
+    """What a transformers config brings along as its `dataset` and `tokenizer`; data given by the caller wins."""
+    tokenizer: Any = None
 
 
 def register_quantizer(
@@ -288,14 +294,45 @@ def parse_spec(spec: Any) -> Spec:
         if not spec or not all(isinstance(k, str) for k in spec):
             raise BadOption("a mapping of quantizers has module patterns as its keys, such as {'*.mlp.*': 'nf4'}")
         quantizers = {k: None if v is None else get_quantizer(v) for k, v in spec.items()}
-        return Spec(quantizers, tuple(dict.fromkeys(s for v in spec.values() for s in _skips(v))))
-    return Spec({"*": get_quantizer(spec)}, _skips(spec))
+        for pattern, value in spec.items():
+            if _only(value):
+                raise BadOption(f"modules_in_block_to_quantize under the pattern {pattern!r}: write patterns for them")
+        data = next((v for v in spec.values() if _dataset(v) is not None), None)
+        skips = tuple(dict.fromkeys(s for v in spec.values() for s in _skips(v)))
+        return Spec(quantizers, skips, _dataset(data), _tokenizer(data))
+    quantizer = get_quantizer(spec)
+    names = [f"*{name}" for name in _only(spec)] or ["*"]
+    return Spec(dict.fromkeys(names, quantizer), _skips(spec), _dataset(spec), _tokenizer(spec))
 
 
 def _skips(spec: Any) -> tuple[str, ...]:
     """Modules that a transformers config leaves in float: they add to the default skips, and do not replace them."""
     named = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
     return tuple(module for name in named for module in getattr(spec, name, None) or ())
+
+
+def _only(spec: Any) -> list[str]:
+    """The only layers that a transformers config wants quantized, by how their names end; none for all."""
+    groups = getattr(spec, "modules_in_block_to_quantize", None) if hasattr(spec, "quant_method") else None
+    return [name for group in groups or () for name in ([group] if isinstance(group, str) else group)]
+
+
+def _dataset(spec: Any) -> Any:
+    return getattr(spec, "dataset", None) if hasattr(spec, "quant_method") else None
+
+
+def _tokenizer(spec: Any) -> Any:
+    tokenizer = getattr(spec, "tokenizer", None) if _dataset(spec) is not None else None
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer)
+    except Exception as error:
+        raise BadOption(
+            f"the tokenizer {tokenizer!r} of the {type(spec).__name__} cannot be loaded: {error}"
+        ) from error
 
 
 def capabilities(spec: Any) -> Capabilities:

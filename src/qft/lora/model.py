@@ -21,6 +21,7 @@ from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOp
 from qft.guard import as_it_was
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
 from qft.marks import record_of
+from qft.quiet import quiet_imports
 from qft.registry import quantizer_of
 from qft.selection import linear_targets
 
@@ -72,7 +73,8 @@ class QftLoraModel(LoraModel):
             if config.target_modules == "all-linear":
                 config.target_modules = set(linear_targets(model, _quantized))
             check_groups(model, config)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with quiet_imports():
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         if record is not None:
             DequantizedForward.take_off(model)
             if record.forward == "dequantize":
