@@ -182,9 +182,15 @@ def main() -> None:
     parser.add_argument("--resume", help="an earlier file: its runs are kept and not made again")
     parser.add_argument("--limit", type=int, help="only so many runs, for a look")
     options = parser.parse_args()
-    configs = [c for part in options.parts for c in {"starts": starts, "grid": grid, "rates": rates}[part](options)][
-        : options.limit
-    ]
+    parts = {"starts": starts, "grid": grid, "rates": rates}
+    configs = [
+        c
+        for part in options.parts
+        for c in parts[part](options)
+        if (not options.inits or c.init in options.inits)
+        and (not options.ranks or c.rank in options.ranks)
+        and not (options.plain and c.folded)
+    ][: options.limit]
 
     rows: list[dict[str, Any]] = []
     if options.resume:

@@ -41,9 +41,10 @@ def test_a_changed_flag_makes_the_page_stale(monkeypatch):
     assert _generate().page() != before
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/quickstart.md", "docs/how_to_start.md"]
-)
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/quickstart.md", "docs/how_to_start.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):

@@ -75,12 +75,12 @@ class _Accumulator:
         for name in ("tokens", "left_out", "abs", "square", *(["product"] if self.kind == "full" else [])):
             self._add(name, found[name])
 
-    def wrote(self, y: Tensor, mask: Tensor | None) -> None:
-        if y.numel():
-            counted = _counted(y, mask)
-            size = y.detach().abs().reshape(-1, y.shape[-1]).amax(-1).float()
-            keep = size.isfinite() if counted is None else counted & size.isfinite()
-            self._largest("output", torch.where(keep, size, 0.0).amax())
+    def wrote(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        """What came out of the rows that were counted; infinity out of a finite row is a figure, too."""
+        size = y.detach().abs().reshape(-1, y.shape[-1]).amax(-1).float() if y.numel() else y.new_zeros(0)
+        keep = _sums_of(x, mask, self.kind)["keep"]
+        if size.numel() and keep.numel() == size.numel():
+            self._largest("output", torch.where(keep & ~size.isnan(), size, 0.0).amax())
 
     def result(self) -> Statistics | None:
         """None where the layer read nothing."""
@@ -112,6 +112,7 @@ def _sums_of(x: Tensor, mask: Tensor | None, kind: StatisticsKind) -> dict[str, 
     rows = torch.where(keep[:, None], rows, 0.0)
     size = rows.abs()
     found = {
+        "keep": keep,
         "tokens": keep.sum(),
         "left_out": (~finite if counted is None else counted & ~finite).sum(),
         "abs": size.sum(0),
@@ -442,19 +443,29 @@ def _door(block: nn.Module, index: int, again: bool) -> None:
 
 def _watch(layer: nn.Module, sums: _Accumulator) -> list[Any]:
     def read(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if getattr(_running, "batch", None) is None:
-            return  # not one of our passes: somebody else calls the layer meanwhile
-        x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-        if isinstance(x, Tensor):
+        x = _input(args, kwargs)
+        if x is not None:
             with torch.inference_mode(False), torch.no_grad():  # or what is summed could not leave the model's own mode
                 sums.read(x, _mask())
 
-    def wrote(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and getattr(_running, "batch", None) is not None:
+    def wrote(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        x = _input(args, kwargs)
+        if x is not None and isinstance(output, Tensor):
             with torch.inference_mode(False), torch.no_grad():
-                sums.wrote(output, _mask())
+                sums.wrote(x, output, _mask())
 
-    return [layer.register_forward_pre_hook(read, with_kwargs=True), layer.register_forward_hook(wrote)]
+    return [
+        layer.register_forward_pre_hook(read, with_kwargs=True),
+        layer.register_forward_hook(wrote, with_kwargs=True),
+    ]
+
+
+def _input(args: Any, kwargs: Any) -> Tensor | None:
+    """What a layer reads in one of our passes; None where somebody else calls it meanwhile."""
+    if getattr(_running, "batch", None) is None:
+        return None
+    x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+    return x if isinstance(x, Tensor) else None
 
 
 def _mask() -> Tensor | None:

@@ -215,6 +215,7 @@ class _Layers:
                 )
             held[key] = [list(found_shape), str(found_kind).removeprefix("torch.")]
         others = self.held[there] - {self._stored(key) for key in template} - {"bias"}
+        others -= self.quantizer.stored_notes
         if others:
             raise BadFolder(
                 f"{self.path} holds {there}.{min(others)}, which {self.quantizer!r} knows nothing of: the layer computes "

@@ -106,6 +106,8 @@ class TensorQuantizer(Quantizer):
     layer_types: ClassVar[tuple[str, ...]] = ("qft.packed.PackedLinear",)
     stored_names: ClassVar[Mapping[str, str]] = {}
     """Packed tensor → its name in checkpoints of the format, where that is another one."""
+    stored_notes: ClassVar[frozenset[str]] = frozenset()
+    """Further tensors that checkpoints keep with a layer and that only repeat its options."""
 
     @abstractmethod
     def pack(self, weight: Tensor, *, statistics: Any = None) -> dict[str, Tensor]:

@@ -261,15 +261,17 @@ class _Run:
         return None
 
     def shift_is_honest(self) -> None:
+        tried = 0
         for layer, new, handle, q in self.layers():
             size = q.group_size_of(handle)
-            if not q.capabilities.float_zero_points:
+            if size is None or not q.capabilities.float_zero_points:
                 assert size is None, "group_size_of() gives a size, and float_zero_points is not claimed"
                 try:
                     q.shift(handle, torch.zeros(handle.shape[0], 1, device=self.device))
                 except UnsupportedOperation:
-                    return
-                raise AssertionError("shift works, and its capability says that it does not")
+                    continue
+                raise AssertionError("shift works, and group_size_of() or the capability says that it does not")
+            tried += 1
             rows, columns = handle.shape
             assert type(size) is int and columns % size == 0, f"groups of {size} in a row of {columns}"
             before = {k: v.clone() for k, v in new.state_dict().items()}
@@ -299,6 +301,8 @@ class _Run:
             q.requantize(q.weights(new)[0], layer.weight.float())
             changed = [k for k, v in new.state_dict().items() if v.dtype != before[k].dtype]
             assert not changed, f"{changed} keep the dtype of a shift after requantize"
+        claims = self.quantizer.capabilities.float_zero_points
+        assert tried or not claims, "float_zero_points is claimed, and group_size_of() is None for every layer"
 
     def recognised(self) -> None:
         for _, new, _, q in self.layers():

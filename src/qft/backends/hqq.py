@@ -68,6 +68,10 @@ class HQQ(TensorQuantizer):
     foreign_types: ClassVar[tuple[str, ...]] = ("hqq.core.quantize.HQQLinear", *_INFERENCE_ONLY)
     config_methods: ClassVar[tuple[str, ...]] = ("hqq",)
     stored_names: ClassVar[Mapping[str, str]] = {"qweight": "W_q", "zero_point": "zero"}
+    stored_notes: ClassVar[frozenset[str]] = frozenset(
+        "nbits group_size shape axis packing unpack_view_dtype view_as_float compute_dtype offload_meta optimize "
+        "encoded_state_dict stores_quant_config channel_wise round_zero quant_scale quant_zero".split()
+    )
     folder_marks: ClassVar[tuple[str, ...]] = ("qmodel.pt",)
 
     bits: int = 4
