@@ -122,7 +122,7 @@ class Bench:
                 config.quantizer,
                 adapter=adapter,
                 init=config.init,
-                calibration=self.calibration if "qera" in config.init else None,
+                calibration=self.calibration if "qera" in config.init or _calibrated(config.quantizer) else None,
                 use_gradient_checkpointing=False,
                 progress=False,
             )
@@ -153,6 +153,12 @@ class Bench:
                 qft.unmerge(model)
             ppl["unmerged"] = smollm.perplexity(model, self.held)
         return row
+
+
+def _calibrated(quantizer: str) -> bool:
+    import qft
+
+    return qft.get_quantizer(quantizer).capabilities.needs_calibration
 
 
 def _work(options: argparse.Namespace, tasks: Any, results: Any) -> None:
