@@ -7,7 +7,6 @@
 import typing as _typing
 
 from qft import errors
-from qft.activations import Statistics
 from qft.audit import Audit, audit
 from qft.calibration import Calibration
 from qft.carrying import TransferReport
@@ -46,6 +45,7 @@ from qft.registry import (
 )
 from qft.restoring import load
 from qft.saving import save
+from qft.statistics import Statistics
 from qft.transferring import transfer
 
 if _typing.TYPE_CHECKING:

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from qft import hf, marks
-from qft.activations import Statistics, collect
+from qft.activations import collect
 from qft.audit_errors import QuantizedLayer, check_forward, has_own_inputs, quantized_layers, weight_errors
 from qft.calibration import batches
 from qft.errors import BadOption
 from qft.originals import Originals
 from qft.registry import quantizer_of
+from qft.statistics import Statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

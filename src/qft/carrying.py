@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qft.activations import Statistics
 from qft.inits import Auto, LoftQ
 from qft.inits.lowrank import fit, low_rank
 from qft.lora.layer import QftLinear
+from qft.statistics import Statistics
 
 Factors = tuple[Tensor, Tensor]
 

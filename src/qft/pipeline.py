@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 
 from qft import hf, marks
-from qft.activations import StatisticsKind, collect
+from qft.activations import collect
 from qft.calibration import batches
 from qft.errors import BadOption, NeedsCalibration, QftWarning, UnsupportedOperation
 from qft.guard import as_it_was, check_names, refused_by_peft, rehearse
@@ -26,6 +26,7 @@ from qft.preparing import prepare_model_for_kbit_training
 from qft.quantizer import Quantizer
 from qft.quantizing import quantize_as, warn_unused_calibration
 from qft.registry import parse_spec
+from qft.statistics import StatisticsKind
 
 
 def default_adapter() -> LoraConfig:

@@ -149,7 +149,7 @@ class Quantizer(ABC):
     """Qualified names of the layer classes, so that nothing is imported to look."""
     statistics_kind: ClassVar[Literal["diagonal", "full"]] = "diagonal"
     """What `quantize_layer` wants to know of the activations where `capabilities.needs_calibration` says so: "diagonal"
-    (E[x²], E[|x|]) or "full" (E[x xᵀ] too); see `qft.activations.Statistics`."""
+    (E[x²], E[|x|]) or "full" (E[x xᵀ] too); see `qft.Statistics`."""
 
     statistics_through: ClassVar[Literal["old", "new"]] = "old"
     """Whether they are those of the float model, or ("new") of the model whose earlier blocks are quantized already."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qft import hf, marks
-from qft.activations import Group, StatisticsKind, collect
+from qft.activations import Group, collect
 from qft.audit import audit
 from qft.calibration import Batch, batches
 from qft.errors import (
@@ -31,6 +31,7 @@ from qft.loading import Plan, load_quantized, stored_quantization
 from qft.quantizer import OnWeight, Quantizer, code_options, float_weight
 from qft.registry import Spec, parse_spec, quantizer_of
 from qft.selection import check_finite, select, settle
+from qft.statistics import StatisticsKind
 
 Prepare = Callable[[nn.Module, Iterable[str]], None]
 Needs = Callable[[], Mapping[str, StatisticsKind]]

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qft.activations import Statistics, StatisticsKind
 from qft.errors import BadOption
+from qft.statistics import Statistics, StatisticsKind
 
 
 class AdapterInit(ABC):

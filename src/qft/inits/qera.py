@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qft.activations import Statistics, StatisticsKind
 from qft.errors import BadOption
 from qft.inits.base import AdapterInit
 from qft.inits.lowrank import fit
+from qft.statistics import Statistics, StatisticsKind
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from qft.activations import Group, Statistics
+from qft.activations import Group
 from qft.errors import AdapterMismatch, BadOption, BadShape, NonFiniteWeights, QftWarning, UnsupportedOperation
 from qft.inits.base import AdapterInit
 from qft.lora.layer import QftLinear
@@ -20,6 +20,7 @@ from qft.lora.model import targeted
 from qft.marks import record_of
 from qft.quantizer import Quantizer
 from qft.registry import quantizer_of
+from qft.statistics import Statistics
 
 
 @dataclass(frozen=True)
