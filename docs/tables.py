@@ -16,6 +16,9 @@ NAMES = {
     "reference:format=int,bits=4,group_size=64": "4-bit affine, 64",
     "reference:format=int,bits=3,group_size=64": "3-bit affine, 64",
     "reference:format=int,bits=2,group_size=32": "2-bit affine, 32",
+    "hqq": "HQQ 4-bit, 64",
+    "quanto:format=int4": "quanto int4",
+    "gptq:group_size=64,symmetric=false": "GPTQ 4-bit, 64",
     "float": "float",
 }
 
