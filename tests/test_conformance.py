@@ -17,6 +17,7 @@ SPECS = [
     "fp4:double_quant=true,block_size=32",
     "int8",
     "int8:threshold=0.0",
+    "eetq",
     "gptq",
     "gptq:bits=3,group_size=32,desc_act=true",
     "hqq",

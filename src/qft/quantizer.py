@@ -157,6 +157,9 @@ class Quantizer(ABC):
     """Qualified names of other tools' layer classes that `converted` turns into this backend's own."""
     config_methods: ClassVar[tuple[str, ...]] = ()
     """The `quant_method`s of checkpoints and of transformers' config objects that `from_config` reads."""
+    config_conv1d: ClassVar[bool] = True
+    """Whether transformers' own loader of the format knows `Conv1D` layers; else `transformers_config` is not asked for a
+    model that has some quantized."""
     folder_marks: ClassVar[tuple[str, ...]] = ()
     """Files by which a folder of the backend's own tool is known; `read_folder` reads it."""
 
