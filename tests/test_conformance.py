@@ -17,6 +17,8 @@ SPECS = [
     "fp4:double_quant=true,block_size=32",
     "int8",
     "int8:threshold=0.0",
+    "awq",
+    "awq:group_size=-1,zero_point=false",
     "eetq",
     "gptq",
     "gptq:bits=3,group_size=32,desc_act=true",

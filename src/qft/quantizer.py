@@ -417,7 +417,7 @@ def _installed(requirement: str) -> tuple[str | None, bool]:
     return version, req.specifier.contains(version, prereleases=True)
 
 
-_NOT_IN_CODES = ("compute_dtype", "threshold", "damp_percent", "act_group_aware", "checkpoint_format")
+_NOT_IN_CODES = ("compute_dtype", "threshold", "damp_percent", "act_group_aware", "apply_clip", "checkpoint_format")
 
 
 def code_options(options: Mapping[str, Any]) -> dict[str, Any]:
