@@ -219,6 +219,16 @@ def test_configs_of_the_field():
     assert from_config({**autoawq, "modules_to_not_convert": None}) == AWQ(64)
     own = {"quant_method": "awq", "zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
     assert from_config(own) == AWQ(64)
+    gptqmodel = {
+        "bits": 4,
+        "group_size": 64,
+        "desc_act": False,
+        "lm_head": False,
+        "method": "awq",
+        "quant_method": "awq",
+    }
+    gptqmodel |= {"format": "gemm", "checkpoint_format": "gemm", "pack_dtype": "int32", "meta": {"pack_impl": "auto"}}
+    assert from_config({**gptqmodel, "zero_point": False, "version": "gemm"}) == AWQ(64, zero_point=False)
 
 
 BASE = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
