@@ -24,9 +24,9 @@ PUBLIC = {
     "audit available_quantizers capabilities export get_quantizer load merge merge_to_float prepare_model_for_kbit_training",
     "quantize quantize_and_wrap register_init register_quantizer save transfer unmerge wrap",
     # what they take and give
-    "AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities GPTQ HQQ InitReport LoftQ MergeReport",
-    "OLoRA PackedLinear PiSSA QERA QERAFull Quanto QuantizedWeight Quantizer QuantizerInfo Reference Statistics",
-    "TensorQuantizer TransferReport",
+    "AWQ AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities EETQ GPTQ HQQ InitReport",
+    "LoftQ MergeReport OLoRA PackedLinear PiSSA QERA QERAFull Quanto QuantizedWeight Quantizer QuantizerInfo",
+    "Reference Statistics TensorQuantizer TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",
     "NoTargets NonFiniteWeights PartlyQuantized QftError QftWarning UnknownQuantizer UnsupportedDevice",

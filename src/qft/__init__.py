@@ -50,7 +50,9 @@ from qft.transferring import transfer
 
 if _typing.TYPE_CHECKING:
     from qft import testing
+    from qft.backends.awq import AWQ
     from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
+    from qft.backends.eetq import EETQ
     from qft.backends.gptq import GPTQ
     from qft.backends.hqq import HQQ
     from qft.backends.quanto import Quanto
@@ -59,6 +61,8 @@ if _typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWQ",
+    "EETQ",
     "GPTQ",
     "HQQ",
     "QERA",
@@ -121,6 +125,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AWQ": "qft.backends.awq",
+    "EETQ": "qft.backends.eetq",
     "GPTQ": "qft.backends.gptq",
     "HQQ": "qft.backends.hqq",
     "Quanto": "qft.backends.quanto",

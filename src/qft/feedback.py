@@ -5,8 +5,8 @@ arXiv 2210.17323, Algorithm 1, over second moments that were gathered once for e
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from qft.errors import BadOption
 BLOCK = 128
 """Columns that are rounded before the columns behind them hear of it (lazy updates)."""
 
-Grid = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Scale and zero point, float32 (out_features,), of a group of columns, float32 (group_size, out_features)."""
+Grid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Scale and zero point, float32 (out_features,), of a group of columns, float32 (group_size, out_features), and of what
+they read, E[x²], float32 (group_size,)."""
 
 Order = Literal["given", "groups", "columns"]
 
@@ -56,7 +57,7 @@ def with_feedback(
         moment = moment[taken][:, taken]
     columns = weight.T.clone(memory_format=torch.contiguous_format) if taken is None else weight.T[taken].contiguous()
     columns = columns.float()
-    share = shares(moment, damp)
+    share, activity = shares(moment, damp), moment.diagonal().clone()
     del moment
     groups = n // group_size
     scale = columns.new_empty(groups, weight.shape[0])
@@ -70,7 +71,8 @@ def with_feedback(
         for i in range(end - start):
             if (start + i) % group_size == 0:
                 group = (start + i) // group_size
-                scale[group], zero[group] = grid(columns[start + i : start + i + group_size])
+                mine = slice(start + i, start + i + group_size)
+                scale[group], zero[group] = grid(columns[mine], activity[mine])
                 inverse, minus, low = 1 / scale[group], -scale[group], -zero[group]
                 high = low + top
             torch.mul(block[i], inverse, out=code)
@@ -90,6 +92,18 @@ def with_feedback(
         return codes[back], scale, zero, owner[back]
     where = torch.argsort(taken[::group_size] // group_size)  # groups moved as wholes
     return codes[back], scale[where], zero[where], owner
+
+
+def doubt(shape: Sequence[int], statistics: Any) -> str | None:
+    """Why these statistics, or None for none at all, are too thin for a weight of `shape`; None if they will do."""
+    if statistics is None:
+        return "no token came through, and weights are rounded to nearest; give more calibration data"
+    if statistics.tokens < shape[-1]:
+        return (
+            f"{statistics.tokens} tokens came through a layer of {shape[-1]} inputs, fewer than its second moments "
+            "need, and damping fills the rest; give more calibration data"
+        )
+    return None
 
 
 def _taken(activity: Tensor, order: Order, group_size: int) -> Tensor | None:

@@ -232,7 +232,10 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
         return
     quantizers = list(dict.fromkeys(record.quantizers.values()))
     described: Any = None
-    if len(quantizers) == 1:  # the backend's own format, where it has one that others read
+    fits = all(q.config_conv1d for q in quantizers) or not any(
+        getattr(m, "kind", None) == "conv1d" for _, m in bare_layers(model) if isinstance(m, PackedLinear)
+    )
+    if len(quantizers) == 1 and fits:  # the backend's own format, where it has one that others read
         described = quantizers[0].transformers_config_for(
             [n for n, m in bare_layers(model) if quantizer_of(m) is not None],
             _unquantized_linears(model),

@@ -157,6 +157,9 @@ class Quantizer(ABC):
     """Qualified names of other tools' layer classes that `converted` turns into this backend's own."""
     config_methods: ClassVar[tuple[str, ...]] = ()
     """The `quant_method`s of checkpoints and of transformers' config objects that `from_config` reads."""
+    config_conv1d: ClassVar[bool] = True
+    """Whether transformers' own loader of the format knows `Conv1D` layers; else `transformers_config` is not asked for a
+    model that has some quantized."""
     folder_marks: ClassVar[tuple[str, ...]] = ()
     """Files by which a folder of the backend's own tool is known; `read_folder` reads it."""
 
@@ -414,7 +417,7 @@ def _installed(requirement: str) -> tuple[str | None, bool]:
     return version, req.specifier.contains(version, prereleases=True)
 
 
-_NOT_IN_CODES = ("compute_dtype", "threshold", "damp_percent", "act_group_aware", "checkpoint_format")
+_NOT_IN_CODES = ("compute_dtype", "threshold", "damp_percent", "act_group_aware", "apply_clip", "checkpoint_format")
 
 
 def code_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,10 @@ _entries: dict[str, Entry] = {
     ),
     "fp4": Entry(f"{_BNB}:BitsAndBytes4bit", {"quant_type": "fp4"}, ("bnb-fp4",), "FP4, blocks of 64 (bitsandbytes)"),
     "int8": Entry(f"{_BNB}:BitsAndBytes8bit", {}, ("llm.int8", "bitsandbytes_8bit"), "LLM.int8() (bitsandbytes)"),
+    "awq": Entry(
+        "qft.backends.awq:AWQ", {}, ("autoawq",), "4 bits in AWQ's layout, ranges and codes by calibration data"
+    ),
+    "eetq": Entry("qft.backends.eetq:EETQ", {}, (), "int8, a scale a row, in EETQ's layout, without its kernels"),
     "gptq": Entry(
         "qft.backends.gptq:GPTQ", {}, ("gptqmodel", "auto-gptq"), "GPTQ, 2, 3, 4 or 8 bits, its checkpoints' own layout"
     ),

@@ -31,7 +31,7 @@ from qft.quantizing import quantize
 from qft.restoring import load
 from qft.saving import save
 
-SHAPES = ((64, 128), (96, 64), (33, 256), (40, 96))
+SHAPES = ((64, 128), (192, 64), (33, 256), (40, 96))
 """(out_features, in_features) of the layers that the checks go through; one number of rows is odd, and one width no
 multiple of 64, on purpose."""
 
@@ -205,8 +205,8 @@ class _Run:
         from transformers.pytorch_utils import Conv1D
 
         torch.manual_seed(1)
-        _, _, handle, q = self.quantized(Conv1D(96, 64).to(self.device).requires_grad_(False))
-        assert (handle.kind, handle.transposed, tuple(handle.shape)) == ("conv1d", True, (96, 64)), str(handle)
+        _, _, handle, q = self.quantized(Conv1D(128, 64).to(self.device).requires_grad_(False))
+        assert (handle.kind, handle.transposed, tuple(handle.shape)) == ("conv1d", True, (128, 64)), str(handle)
         x = torch.randn(5, 64, device=self.device)
         y = lora_linear(x, dequantizer(q, handle), handle.bias)
         assert _relative(y, x @ q.dequantize(handle).T + handle.bias) < 1e-5, "the layer's product is not x Ŵᵀ + b"

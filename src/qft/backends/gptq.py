@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qft.bits import pack_bits, unpack_bits
 from qft.errors import BadFolder, BadOption, BadShape, QftWarning, UnsupportedOperation
-from qft.feedback import nearest, with_feedback
+from qft.feedback import doubt, nearest, with_feedback
 from qft.packed import PackedLinear, TensorQuantizer
 from qft.quantizer import Capabilities
 
@@ -127,7 +127,7 @@ class GPTQ(TensorQuantizer):
             codes, scale, zero, owner = with_feedback(
                 weight,
                 statistics.second_moment,
-                lambda group: tuple(t[0] for t in self._constants(group[None])),
+                lambda group, _: tuple(t[0] for t in self._constants(group[None])),
                 bits=self.bits,
                 group_size=size,
                 order="columns" if self.desc_act else "groups" if self.act_group_aware else "given",
@@ -212,14 +212,7 @@ class GPTQ(TensorQuantizer):
         self.resolve([("a weight", tuple(shape))])
 
     def doubt(self, shape: tuple[int, ...], statistics: Any) -> str | None:
-        if statistics is None:
-            return "no token came through, and weights are rounded to nearest; give more calibration data"
-        if statistics.tokens < shape[-1]:
-            return (
-                f"{statistics.tokens} tokens came through a layer of {shape[-1]} inputs, fewer than its second moments "
-                "need, and damping fills the rest; give more calibration data"
-            )
-        return None
+        return doubt(shape, statistics)
 
     # ---- other tools' models -----------------------------------------------------------------------------
 
