@@ -55,6 +55,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.hqq import HQQ
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
+    from qft.backends.torchao import TorchAO
 
 __version__ = "0.1.0"
 
@@ -95,6 +96,7 @@ __all__ = [
     "Reference",
     "Statistics",
     "TensorQuantizer",
+    "TorchAO",
     "TransferReport",
     "UnknownQuantizer",
     "UnsupportedDevice",
@@ -125,6 +127,7 @@ _LAZY = {
     "HQQ": "qft.backends.hqq",
     "Quanto": "qft.backends.quanto",
     "Reference": "qft.backends.reference",
+    "TorchAO": "qft.backends.torchao",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
     "testing": "qft.testing",

@@ -302,6 +302,15 @@ class Quantizer(ABC):
         """`transformers_config`, for a format whose config lists what is quantized, too."""
         return self.transformers_config(skipped, dtype)
 
+    def stored_metadata(self, state: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, str]:
+        """What the headers of safetensors files in the format say beside the tensors.
+
+        Args:
+            state: the tensors to write, by their names in the files.
+            layers: the quantized layers, by the names that they have without adapters.
+        """
+        return {}
+
     def doubt(self, shape: tuple[int, ...], statistics: Any) -> str | None:
         """Why these statistics, or None for none at all, are too thin for a weight of `shape`; None if they will do."""
         return None
@@ -414,7 +423,7 @@ def _installed(requirement: str) -> tuple[str | None, bool]:
     return version, req.specifier.contains(version, prereleases=True)
 
 
-_NOT_IN_CODES = ("compute_dtype", "threshold", "damp_percent", "act_group_aware", "checkpoint_format")
+_NOT_IN_CODES = ("activations", "compute_dtype", "threshold", "damp_percent", "act_group_aware", "checkpoint_format")
 
 
 def code_options(options: Mapping[str, Any]) -> dict[str, Any]:
