@@ -263,6 +263,14 @@ class Quantizer(ABC):
         """
         raise NotImplementedError
 
+    @classmethod
+    def check_folder(cls, folder: Path) -> None:
+        """Look at the headers of a local checkpoint of one of `config_methods` that transformers is about to load.
+
+        Raises:
+            BadFolder: tensors that are missing or cannot be right, by name.
+        """
+
     def adopt(self, module: nn.Module) -> None:  # noqa: B027
         """Make a layer that somebody else quantized safe to use: called once, before anything else."""
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from qft.backends.torchao_layer import TorchAOLinear, floats, is_torchao, leaves
-from qft.errors import BadOption, BadShape, UnsupportedDevice, UnsupportedOperation
+from qft.backends.torchao_layer import TorchAOLinear, floats, has_dequantize, is_torchao, leaves, rebuilt, without_nan
+from qft.errors import BadFolder, BadOption, BadShape, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, float_weight, is_conv1d
 from qft.quiet import quiet_import
 
@@ -152,6 +155,12 @@ class TorchAO(Quantizer):
             module.__dict__.pop("extra_repr", None)
             module.qft_dtype = module.weight.dtype
             module.__class__ = TorchAOLinear
+        if type(module.weight).__name__ == "Float8Tensor" and isinstance(module, TorchAOLinear):
+            if not module.weight.scale.all():
+                warnings.warn(
+                    "torchao made NaN of rows or groups of zeros in this float8 model: they are zeros again", QftWarning
+                )
+                module.set_leaves(without_nan)
 
     def quantize_layer(self, module: nn.Module, *, statistics: Any = None) -> nn.Module:
         own = self.resolve([("the weight", tuple(float_weight(module).shape))])
@@ -184,7 +193,7 @@ class TorchAO(Quantizer):
         package.quantize_(holder, self._config(weight.device.type))
         if not is_torchao(holder.weight):
             raise BadShape(f"torchao left a weight of {tuple(weight.shape)} as it was: {self!r} does not fit it")
-        return holder.weight.detach()
+        return rebuilt(holder.weight.detach(), without_nan) if self.format in _FLOAT8 else holder.weight.detach()
 
     def dequantize(
         self, weight: QuantizedWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
@@ -291,6 +300,12 @@ class TorchAO(Quantizer):
         return TorchAoConfig(self._config(device.type if device is not None else "cpu"), modules_to_not_convert=skipped)
 
     def stored_metadata(self, state: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, str]:
+        conv1d = next((n for n, m in layers.items() if any(w.transposed for w in self.weights(m))), None)
+        if conv1d is not None:
+            raise UnsupportedOperation(
+                f"{conv1d} is a Conv1D, and transformers would read torchao's weights of it transposed: keep the float "
+                "model and quantize it anew, or use 'hqq' or 'reference'"
+            )
         support = quiet_import("torchao.prototype.safetensors.safetensors_utils")
         found = {}
         for key in state:
@@ -301,6 +316,34 @@ class TorchAO(Quantizer):
                 weight = layers[name].weight.detach()
                 found[f"{name}.weight"] = json.dumps(weight, cls=support.TensorSubclassAttributeJSONEncoder)
         return {**found, "tensor_names": json.dumps(list(found))}
+
+    @classmethod
+    def check_folder(cls, folder: Path) -> None:
+        shapes: dict[str, tuple[int, ...]] = {}
+        notes: dict[str, str] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+                notes |= file.metadata() or {}
+        try:
+            names = json.loads(notes["tensor_names"])
+            entries = {name: json.loads(notes[name]) for name in names}
+        except (KeyError, ValueError) as error:
+            raise BadFolder(
+                f"{folder} lacks torchao's notes on its tensors: it is damaged, or not torchao's"
+            ) from error
+        for name, entry in entries.items():
+            module, _, weight = name.rpartition(".")
+            parts = entry.get("_tensor_data_names")
+            wanted = [name] if parts is None else [f"{module}._{weight}_{part}" for part in parts]
+            missing = [key for key in wanted if key not in shapes]
+            if missing:
+                raise BadFolder(f"{folder} lacks {missing[0]}: the folder is incomplete, download or save it again")
+            block = (entry.get("_data") or {}).get("block_size")
+            codes, scale = shapes.get(f"{module}._{weight}_qdata"), f"{module}._{weight}_scale"
+            plain = entry.get("_type") in ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
+            if plain and block and codes and shapes[scale] != tuple(n // b for n, b in zip(codes, block, strict=True)):
+                raise BadFolder(f"{scale} in {folder} is {shapes[scale]}, which does not fit codes of {codes}")
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -335,8 +378,8 @@ def _read(weight: Any) -> TorchAO:
     if kind == "NF4Tensor":
         return TorchAO("nf4", group_size=weight.block_size, scaler_block_size=weight.scaler_block_size)
     bits = max(1, round(8 * sum(t.numel() * t.element_size() for t in inner.values()) / weight.numel()))
-    own = type(weight).__dict__.get("dequantize") or getattr(type(weight), "dequantize", Tensor.dequantize)
-    return TorchAO("opaque" if own is Tensor.dequantize else "other", bits=min(bits, 64), activations=active)
+    opaque = active and not has_dequantize(weight)
+    return TorchAO("opaque" if opaque else "other", bits=min(bits, 64), activations=active)
 
 
 def _from_ao_config(stored: Mapping[str, Any]) -> TorchAO:

@@ -155,8 +155,20 @@ def rebuilt(
     return type(tensor).__tensor_unflatten__(inner, options, tensor.shape, tensor.stride())
 
 
+def without_nan(name: str, leaf: Tensor) -> Tensor:
+    """For `rebuilt`: float8 codes that torchao made by dividing zero by zero become zeros."""
+    if name != "qdata":
+        return leaf
+    return leaf.view(torch.uint8).masked_fill(leaf.to(torch.float16).isnan(), 0).view(leaf.dtype)
+
+
 def _same(_: str, leaf: Tensor) -> Tensor:
     return leaf
+
+
+def has_dequantize(weight: Tensor) -> bool:
+    """Whether a torchao tensor gives its floats itself; some layouts are for a kernel alone."""
+    return type(weight).dequantize is not Tensor.dequantize
 
 
 @torch.no_grad()
@@ -168,7 +180,7 @@ def floats(weight: Any, dtype: torch.dtype) -> Tensor:
     weight = weight.detach()
     if hasattr(weight, "get_original_weight"):
         return rebuilt(weight, _same, weight.nf4.dtype).get_original_weight().to(dtype)
-    if not hasattr(type(weight), "dequantize") or type(weight).dequantize is Tensor.dequantize:
+    if not has_dequantize(weight):
         return _through_kernel(weight).to(dtype)
     scale = getattr(weight, "act_pre_scale", None)  # of AWQ and SmoothQuant: inputs are multiplied by it
     if scale is None and dtype == weight.dtype:
