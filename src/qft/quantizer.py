@@ -263,7 +263,7 @@ class Quantizer(ABC):
         """
         raise NotImplementedError
 
-    @classmethod
+    @classmethod  # noqa: B027
     def check_folder(cls, folder: Path) -> None:
         """Look at the headers of a local checkpoint of one of `config_methods` that transformers is about to load.
 

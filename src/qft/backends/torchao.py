@@ -158,7 +158,9 @@ class TorchAO(Quantizer):
         if type(module.weight).__name__ == "Float8Tensor" and isinstance(module, TorchAOLinear):
             if not module.weight.scale.all():
                 warnings.warn(
-                    "torchao made NaN of rows or groups of zeros in this float8 model: they are zeros again", QftWarning
+                    "torchao made NaN of rows or groups of zeros in this float8 model: they are zeros again",
+                    QftWarning,
+                    stacklevel=4,
                 )
                 module.set_leaves(without_nan)
 
@@ -321,7 +323,10 @@ class TorchAO(Quantizer):
     def check_folder(cls, folder: Path) -> None:
         shapes: dict[str, tuple[int, ...]] = {}
         notes: dict[str, str] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:  # pickled: left to transformers
+            return
+        for path in files:
             with safe_open(path, framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
                 notes |= file.metadata() or {}
@@ -334,8 +339,7 @@ class TorchAO(Quantizer):
             ) from error
         for name, entry in entries.items():
             module, _, weight = name.rpartition(".")
-            parts = entry.get("_tensor_data_names")
-            wanted = [name] if parts is None else [f"{module}._{weight}_{part}" for part in parts]
+            wanted = [f"{module}._{weight}_{part}" for part in entry.get("_tensor_data_names") or ()]
             missing = [key for key in wanted if key not in shapes]
             if missing:
                 raise BadFolder(f"{folder} lacks {missing[0]}: the folder is incomplete, download or save it again")
