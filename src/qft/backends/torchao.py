@@ -99,6 +99,10 @@ class TorchAO(Quantizer):
                 f"{self!r} is what torchao quantized in a way that qft does not offer: call torchao's quantize_ on the "
                 "model and give qft.wrap that, or ask for int8, float8, int, int4 or nf4"
             )
+        if self.format == "int" and self.bits == 1 and self.symmetric:
+            raise BadOption(
+                "torchao: bits=1 with symmetric=true rounds nearly every weight to zero: give symmetric=false"
+            )
         size = self.group_size
         if size is None:
             size = 64 if self.format == "nf4" else ROW
@@ -135,7 +139,7 @@ class TorchAO(Quantizer):
     # ---- layers ------------------------------------------------------------------------------------------
 
     def weights(self, module: nn.Module) -> Sequence[QuantizedWeight]:
-        if not isinstance(module, nn.Linear) or not is_torchao(module.weight):
+        if not isinstance(module, nn.Linear) or not is_torchao(module._parameters.get("weight")):
             return ()
         conv1d = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
         shape, dtype = tuple(module.weight.shape), getattr(module, "qft_dtype", module.weight.dtype)
@@ -144,7 +148,7 @@ class TorchAO(Quantizer):
 
     @classmethod
     def recognise(cls, module: nn.Module) -> TorchAO | None:
-        if not isinstance(module, nn.Linear) or not is_torchao(module.weight):
+        if not isinstance(module, nn.Linear) or not is_torchao(module._parameters.get("weight")):
             return None
         found = _read(module.weight)
         noted = module.__dict__.get("qft_group_size")  # a group may be as wide as the row
@@ -189,10 +193,14 @@ class TorchAO(Quantizer):
             return _to_nf4(weight.contiguous(), self.group_size or 64, self.scaler_block_size)
         if self.format == "int4":
             weight = weight.to(torch.bfloat16)
+        config = self._config(weight.device.type)
+        if self.format == "int" and weight.dtype != torch.float32 and _older_than("0.18"):
+            # there no scale is below the epsilon of the weight's dtype: 0.0078 in bfloat16, many times what is right
+            config.scale_dtype, weight = weight.dtype, weight.float()
         with torch.device("meta"):
             holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         holder.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        package.quantize_(holder, self._config(weight.device.type))
+        package.quantize_(holder, config)
         if not is_torchao(holder.weight):
             raise BadShape(f"torchao left a weight of {tuple(weight.shape)} as it was: {self!r} does not fit it")
         return rebuilt(holder.weight.detach(), without_nan) if self.format in _FLOAT8 else holder.weight.detach()
