@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 from twins import both_errors, dequantized_copy, fill, pair, share, stock
 
 import qft
-from qft.backends.torchao import _read
 from qft.backends.torchao_layer import TorchAOLinear, floats, leaves
 from qft.registry import quantizer_of
 from qft.testing import check_quantizer
@@ -243,6 +242,33 @@ def test_what_has_no_options_here_trains_and_is_not_merged_into_codes():
         qft.quantize(model, "torchao:format=other", progress=False)
 
 
+def test_what_gives_no_floats_is_refused():
+    kernel = type("KernelTensor", (ao.Int8Tensor,), {"dequantize": torch.Tensor.dequantize, "__module__": "torchao.x"})
+    model = ao_model("int8 dynamic", llama)
+    old = model.model.layers[1].mlp.up_proj.weight
+    made = kernel.__tensor_unflatten__(leaves(old), old.__tensor_flatten__()[1], old.shape, old.stride())
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(made, requires_grad=False)
+    for verb in (qft.wrap, qft.merge_to_float):
+        with pytest.raises(qft.UnsupportedOperation, match="KernelTensor"):
+            verb(model)
+    assert type(model.model.layers[1].mlp.up_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("version", [1, 2] if OLD else [2])
+def test_both_generations_of_dynamic_activations(version):
+    """torchao 0.17's first version wraps the weight in a tensor that quantizes its input."""
+    model = qwen2()
+    config = ao.Int8DynamicActivationInt8WeightConfig(version=version)
+    ao.quantize_(model, config, lambda m, fqn: isinstance(m, nn.Linear) and "head" not in fqn)
+    with torch.no_grad():
+        expected = logits(model)
+    tuned = qft.wrap(model, lora())
+    assert relative(logits(tuned), expected) < 0.05
+    first = logits(tuned)
+    assert relative(logits(train_a_little(tuned)), first) > 1e-3
+    assert relative(logits(qft.merge_to_float(tuned, dtype=torch.float32)), logits(tuned)) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["int8", "float8", "int4 dynamic"])
 def test_a_model_that_transformers_quantized(name, tmp_path):
     qwen2().save_pretrained(tmp_path)
@@ -302,7 +328,7 @@ def test_nf4_is_copied_and_not_quantized_again():
     twin = copy.deepcopy(layer)
     assert all(same_bits(t, leaves(twin.weight)[n]) for n, t in leaves(layer.weight).items())
     assert twin.weight is not layer.weight and twin.weight.quantized_data is not layer.weight.quantized_data
-    assert _read(twin.weight) == dataclasses.replace(own, group_size=64)
+    assert qft.TorchAO.recognise(twin) == dataclasses.replace(own, group_size=64)
 
 
 def test_other_backends_and_float_layers_are_left_alone():

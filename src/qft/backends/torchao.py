@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from qft.backends.torchao_layer import TorchAOLinear, floats, has_dequantize, is_torchao, leaves, rebuilt, without_nan
-from qft.errors import BadFolder, BadOption, BadShape, QftWarning, UnsupportedDevice, UnsupportedOperation
+from qft.backends.torchao_layer import TorchAOLinear, floats, is_torchao, leaves, rebuilt, without_nan
+from qft.backends.torchao_options import (
+    FLOAT8,
+    ROW,
+    WHOLE,
+    check_folder,
+    config_options,
+    int4_config,
+    int4_packing,
+    older_than,
+    package,
+    read_options,
+    to_nf4,
+)
+from qft.errors import BadOption, BadShape, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, float_weight, is_conv1d
 from qft.quiet import quiet_import
 
-ROW, WHOLE = -1, 0
-_FLOAT8 = {"float8": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _FOUND = ("other", "opaque")
-_INT4_PACKINGS = ("tile_packed_to_4d", "plain", "plain_int32")
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class TorchAO(Quantizer):
             size = 64 if self.format == "nf4" else ROW
             if self.format in ("int", "int4"):
                 size = next((g for g in (128, 64, 32) if all(s[-1] % g == 0 for _, s in shapes)), 32)
-        if size not in (ROW, None) and self.format.startswith("float8") and _older_than("0.18"):
+        if size not in (ROW, None) and self.format.startswith("float8") and older_than("0.18"):
             raise BadOption(f"torchao: group_size={size} of {self.format} needs torchao>=0.18; -1 does not")
         for name, shape in shapes:
             if self.format == "nf4":
@@ -127,7 +134,7 @@ class TorchAO(Quantizer):
     def on_device(self, device: torch.device) -> Quantizer:
         if self.format == "int4":
             self.check_installed()
-            packing, why = _int4_packing(device.type)
+            packing, why = int4_packing(device.type)
             if packing is None:
                 raise UnsupportedDevice(
                     f"torchao has no int4 layout that works on {device.type!r} here ({why}): use format=int,bits=4, which "
@@ -150,11 +157,16 @@ class TorchAO(Quantizer):
     def recognise(cls, module: nn.Module) -> TorchAO | None:
         if not isinstance(module, nn.Linear) or not is_torchao(module._parameters.get("weight")):
             return None
-        found = _read(module.weight)
+        found = cls(**read_options(module.weight))
         noted = module.__dict__.get("qft_group_size")  # a group may be as wide as the row
         return found if noted is None or found.group_size != ROW else dataclasses.replace(found, group_size=noted)
 
     def adopt(self, module: nn.Module) -> None:
+        if self.format == "opaque":
+            raise UnsupportedOperation(
+                f"a {type(module.weight).__name__} of this torchao model quantizes activations and gives no floats, so "
+                "nothing can be trained over it: quantize the float model with a weight-only config, or with qft"
+            )
         if type(module) is nn.Linear:
             module.__dict__.pop("extra_repr", None)
             module.qft_dtype = module.weight.dtype
@@ -186,24 +198,24 @@ class TorchAO(Quantizer):
     @torch.no_grad()
     def _quantized(self, weight: Tensor) -> Tensor:
         """torchao's tensor of a float weight."""
-        package = _package()
+        ao = package()
         if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             weight = weight.float()
         if self.format == "nf4":
-            return _to_nf4(weight.contiguous(), self.group_size or 64, self.scaler_block_size)
+            return to_nf4(weight.contiguous(), self.group_size or 64, self.scaler_block_size)
         if self.format == "int4":
             weight = weight.to(torch.bfloat16)
         config = self._config(weight.device.type)
-        if self.format == "int" and weight.dtype != torch.float32 and _older_than("0.18"):
+        if self.format == "int" and weight.dtype != torch.float32 and older_than("0.18"):
             # there no scale is below the epsilon of the weight's dtype: 0.0078 in bfloat16, many times what is right
             config.scale_dtype, weight = weight.dtype, weight.float()
         with torch.device("meta"):
             holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         holder.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        package.quantize_(holder, config)
+        ao.quantize_(holder, config)
         if not is_torchao(holder.weight):
             raise BadShape(f"torchao left a weight of {tuple(weight.shape)} as it was: {self!r} does not fit it")
-        return rebuilt(holder.weight.detach(), without_nan) if self.format in _FLOAT8 else holder.weight.detach()
+        return rebuilt(holder.weight.detach(), without_nan) if self.format in FLOAT8 else holder.weight.detach()
 
     def dequantize(
         self, weight: QuantizedWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
@@ -262,31 +274,31 @@ class TorchAO(Quantizer):
         if self.format == "int":
             groups = rows * columns // (self.group_size if (self.group_size or 0) > 0 else columns)
             return rows * columns + 3 * groups
-        constants = 4 if self.format != "int8" else 3 if _older_than("0.18") else 5
+        constants = 4 if self.format != "int8" else 3 if older_than("0.18") else 5
         return rows * columns + constants * groups
 
     # ---- torchao's and transformers' configs -------------------------------------------------------------
 
     def _config(self, device: str) -> Any:
         """torchao's own config object."""
-        package = _package()
+        ao = package()
         size = self.group_size
-        granularity: Any = package.PerGroup(size) if size and size > 0 else package.PerRow()
+        granularity: Any = ao.PerGroup(size) if size and size > 0 else ao.PerRow()
         if size == WHOLE:
-            granularity = package.PerTensor()
+            granularity = ao.PerTensor()
         if self.format == "int8":
-            return package.Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False, version=2)
-        if self.format in _FLOAT8:
+            return ao.Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False, version=2)
+        if self.format in FLOAT8:
             options = {} if size in (ROW, None) else {"granularity": granularity}
-            return package.Float8WeightOnlyConfig(
-                weight_dtype=_FLOAT8[self.format], set_inductor_config=False, version=2, **options
+            return ao.Float8WeightOnlyConfig(
+                weight_dtype=FLOAT8[self.format], set_inductor_config=False, version=2, **options
             )
         if self.format == "int4":
-            return _int4_config(size or 128, _int4_packing(device)[0] or "plain")
-        mapping = package.MappingType.SYMMETRIC if self.symmetric else package.MappingType.ASYMMETRIC
-        return package.IntxWeightOnlyConfig(
+            return int4_config(size or 128, int4_packing(device)[0] or "plain")
+        mapping = ao.MappingType.SYMMETRIC if self.symmetric else ao.MappingType.ASYMMETRIC
+        return ao.IntxWeightOnlyConfig(
             weight_dtype=getattr(torch, f"int{self.bits}"),
-            granularity=granularity if size and size > 0 else package.PerAxis(0),
+            granularity=granularity if size and size > 0 else ao.PerAxis(0),
             mapping_type=mapping,
             version=2,
         )
@@ -299,7 +311,7 @@ class TorchAO(Quantizer):
         stored = config.get("quant_type")
         if not isinstance(stored, Mapping) or not isinstance(stored.get("default"), Mapping):
             raise BadOption(f"TorchAoConfig: quant_type={stored!r}; qft reads those of torchao 0.17 and later")
-        return _from_ao_config(stored["default"])
+        return cls(**config_options(stored["default"]))
 
     def transformers_config(self, skipped: list[str], dtype: torch.dtype | None) -> Any | None:
         if not self.capabilities.serializable:
@@ -329,148 +341,4 @@ class TorchAO(Quantizer):
 
     @classmethod
     def check_folder(cls, folder: Path) -> None:
-        shapes: dict[str, tuple[int, ...]] = {}
-        notes: dict[str, str] = {}
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:  # pickled: left to transformers
-            return
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-                notes |= file.metadata() or {}
-        try:
-            names = json.loads(notes["tensor_names"])
-            entries = {name: json.loads(notes[name]) for name in names}
-        except (KeyError, ValueError) as error:
-            raise BadFolder(
-                f"{folder} lacks torchao's notes on its tensors: it is damaged, or not torchao's"
-            ) from error
-        for name, entry in entries.items():
-            module, _, weight = name.rpartition(".")
-            wanted = [f"{module}._{weight}_{part}" for part in entry.get("_tensor_data_names") or ()]
-            missing = [key for key in wanted if key not in shapes]
-            if missing:
-                raise BadFolder(f"{folder} lacks {missing[0]}: the folder is incomplete, download or save it again")
-            block = (entry.get("_data") or {}).get("block_size")
-            codes, scale = shapes.get(f"{module}._{weight}_qdata"), f"{module}._{weight}_scale"
-            plain = entry.get("_type") in ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
-            if plain and block and codes and shapes[scale] != tuple(n // b for n, b in zip(codes, block, strict=True)):
-                raise BadFolder(f"{scale} in {folder} is {shapes[scale]}, which does not fit codes of {codes}")
-
-
-# ---- reading -----------------------------------------------------------------------------------------------
-
-
-def _read(weight: Any) -> TorchAO:
-    """The options of a torchao tensor."""
-    kind = type(weight).__name__
-    block = tuple(getattr(weight, "block_size", None) or ()) if kind != "NF4Tensor" else ()
-    size = None
-    if len(block) == 2 and block[0] == 1:
-        size = ROW if block[1] == weight.shape[1] else block[1]
-    elif len(block) == 2 and block == tuple(weight.shape):
-        size = WHOLE
-    inner = leaves(weight)
-    active = any(
-        getattr(weight, n, None) is not None
-        for n in ("act_quant_kwargs", "activation_quantization", "input_quant_func", "activation_dtype")
-    )
-    zero = getattr(weight, "zero_point", None)
-    symmetric = zero is None or not zero.any()
-    if kind == "Int8Tensor" and size is not None and symmetric and not getattr(weight, "reduce_range", False):
-        return TorchAO("int8", group_size=size, activations=active)
-    if kind == "Float8Tensor" and size is not None and weight.qdata.dtype in _FLOAT8.values():
-        name: Any = next(n for n, dtype in _FLOAT8.items() if dtype == weight.qdata.dtype)
-        return TorchAO(name, group_size=size, activations=active)
-    if kind == "IntxUnpackedToInt8Tensor" and size not in (None, WHOLE) and zero.dtype == torch.int8:
-        bits = int(str(weight.target_dtype).removeprefix("torch.int"))
-        return TorchAO("int", bits=bits, group_size=size, symmetric=symmetric, activations=active)
-    if kind in ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor") or (kind == "Int4Tensor" and not active):
-        return TorchAO("int4", group_size=block[1])
-    if kind == "NF4Tensor":
-        return TorchAO("nf4", group_size=weight.block_size, scaler_block_size=weight.scaler_block_size)
-    bits = max(1, round(8 * sum(t.numel() * t.element_size() for t in inner.values()) / weight.numel()))
-    opaque = active and not has_dequantize(weight)
-    return TorchAO("opaque" if opaque else "other", bits=min(bits, 64), activations=active)
-
-
-def _from_ao_config(stored: Mapping[str, Any]) -> TorchAO:
-    """Options of torchao's config as its JSON says it; "other" for what is read off the tensors alone."""
-    kind, data = stored.get("_type"), stored.get("_data") or {}
-    granularity = data.get("granularity")
-    size = _size(granularity) if isinstance(granularity, Mapping) else None
-    if kind == "Int8WeightOnlyConfig":
-        group = data.get("group_size")
-        return TorchAO("int8", group_size=group if group is not None else size if size is not None else ROW)
-    if kind == "Float8WeightOnlyConfig":
-        dtype = (data.get("weight_dtype") or {}).get("_data", "float8_e4m3fn")
-        names = {str(d).removeprefix("torch."): n for n, d in _FLOAT8.items()}
-        if dtype not in names:
-            raise BadOption(f"torchao's Float8WeightOnlyConfig: weight_dtype={dtype}; {' or '.join(names)}")
-        return TorchAO(names[dtype], group_size=ROW if size is None else size)  # type: ignore[arg-type]
-    if kind == "IntxWeightOnlyConfig":
-        bits = int(str((data.get("weight_dtype") or {}).get("_data", "int8")).removeprefix("int"))
-        mapping = (data.get("mapping_type") or {}).get("_data", "SYMMETRIC")
-        algorithm = (data.get("intx_choose_qparams_algorithm") or {}).get("_data", "AFFINE")
-        packing = (data.get("intx_packing_format") or {}).get("_data", "UNPACKED_TO_INT8")
-        plain = (data.get("scale_dtype"), algorithm, packing) == (None, "AFFINE", "UNPACKED_TO_INT8")
-        if plain and mapping in ("SYMMETRIC", "ASYMMETRIC"):
-            return TorchAO("int", bits=bits, group_size=ROW if size is None else size, symmetric=mapping == "SYMMETRIC")
-    if kind == "Int4WeightOnlyConfig":
-        algorithm = (data.get("int4_choose_qparams_algorithm") or {}).get("_data", "TINYGEMM")
-        if algorithm == "TINYGEMM":
-            return TorchAO("int4", group_size=data.get("group_size", 128))
-    return TorchAO("other", bits=8)
-
-
-def _size(granularity: Mapping[str, Any]) -> int | None:
-    data = granularity.get("_data") or {}
-    return {"PerGroup": data.get("group_size"), "PerTensor": WHOLE}.get(str(granularity.get("_type")), ROW)
-
-
-# ---- the package -------------------------------------------------------------------------------------------
-
-
-def _package() -> Any:
-    return quiet_import("torchao.quantization")
-
-
-def _to_nf4(weight: Tensor, block: int, scaler_block: int) -> Tensor:
-    package = _package()
-    make = getattr(package, "to_nf4", None) or quiet_import("torchao.dtypes.nf4tensor").to_nf4
-    return make(weight, block, scaler_block)
-
-
-def _older_than(version: str) -> bool:
-    from packaging.version import Version
-
-    try:
-        return Version(importlib.metadata.version("torchao")) < Version(version)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def _int4_config(size: int, packing: str) -> Any:
-    return _package().Int4WeightOnlyConfig(group_size=size, int4_packing_format=packing, set_inductor_config=False)
-
-
-@lru_cache
-def _int4_packing(device: str) -> tuple[str | None, str]:
-    """The first int4 layout that quantizes and multiplies on a device, by trying; or None and why each does not."""
-    why = []
-    package = _package()
-    for packing in _INT4_PACKINGS:
-        try:
-            layer = nn.Linear(256, 64, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
-            before = layer.weight.detach().clone()
-            package.quantize_(layer, _int4_config(64, packing))
-            after = floats(layer.weight, torch.float32)
-            error = float((after - before.float()).norm() / before.float().norm())
-            if error < 0.2:
-                return packing, ""
-            why.append(f"{packing}: off by {error:.0%}")
-        except Exception as error:
-            why.append(
-                f"{packing}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-            )
-    return None, "; ".join(why)
+        check_folder(folder)

@@ -168,7 +168,12 @@ def _same(_: str, leaf: Tensor) -> Tensor:
 
 def has_dequantize(weight: Tensor) -> bool:
     """Whether a torchao tensor gives its floats itself; some layouts are for a kernel alone."""
-    return type(weight).dequantize is not Tensor.dequantize
+    return type(_unwrapped(weight)).dequantize is not Tensor.dequantize
+
+
+def _unwrapped(weight: Any) -> Any:
+    """The weight in torchao 0.17's wrapper that quantizes activations."""
+    return weight.original_weight_tensor if type(weight).__name__ == "LinearActivationQuantizedTensor" else weight
 
 
 @torch.no_grad()
@@ -177,7 +182,7 @@ def floats(weight: Any, dtype: torch.dtype) -> Tensor:
 
     NF4 is the exception: torchao computes it in the dtype of the weight that it came from, and so do these.
     """
-    weight = weight.detach()
+    weight = _unwrapped(weight.detach())
     if hasattr(weight, "get_original_weight"):
         return rebuilt(weight, _same, weight.nf4.dtype).get_original_weight().to(dtype)
     if not has_dequantize(weight):
