@@ -27,6 +27,8 @@ SPECS = [
     "hqq:bits=3,group_size=16",
     "quanto",
     "quanto:format=int4",
+    "torchao",
+    "torchao:format=int,bits=4",
     "reference",
     "reference:double_quant=true",
     "reference:format=fp4",

@@ -26,7 +26,7 @@ PUBLIC = {
     # what they take and give
     "AWQ AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities EETQ GPTQ HQQ InitReport",
     "LoftQ MergeReport OLoRA PackedLinear PiSSA QERA QERAFull Quanto QuantizedWeight Quantizer QuantizerInfo",
-    "Reference Statistics TensorQuantizer TransferReport",
+    "Reference Statistics TensorQuantizer TorchAO TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",
     "NoTargets NonFiniteWeights PartlyQuantized QftError QftWarning UnknownQuantizer UnsupportedDevice",

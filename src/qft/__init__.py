@@ -57,6 +57,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.hqq import HQQ
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
+    from qft.backends.torchao import TorchAO
 
 __version__ = "0.1.0"
 
@@ -99,6 +100,7 @@ __all__ = [
     "Reference",
     "Statistics",
     "TensorQuantizer",
+    "TorchAO",
     "TransferReport",
     "UnknownQuantizer",
     "UnsupportedDevice",
@@ -131,6 +133,7 @@ _LAZY = {
     "HQQ": "qft.backends.hqq",
     "Quanto": "qft.backends.quanto",
     "Reference": "qft.backends.reference",
+    "TorchAO": "qft.backends.torchao",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
     "testing": "qft.testing",

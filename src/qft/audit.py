@@ -268,11 +268,18 @@ def model_bytes(model: nn.Module) -> int:
             tensors = [module.bias] if module.bias is not None else []
         else:
             tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        for t in tensors:
+        for t in (plain for tensor in tensors for plain in _plain(tensor)):
             if t.data_ptr() not in seen or t.numel() == 0:
                 seen.add(t.data_ptr())
                 total += t.numel() * t.element_size()
     return total
+
+
+def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold the bytes of one: itself, or those inside a tensor subclass that wraps others."""
+    if not torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [t for name in tensor.__tensor_flatten__()[0] for t in _plain(getattr(tensor, name))]  # type: ignore[attr-defined]
 
 
 def layer_bytes(module: nn.Module, prefix: str = "") -> int:
@@ -285,6 +292,7 @@ def layer_bytes(module: nn.Module, prefix: str = "") -> int:
     skip = {"bias", "weight_format", "weight.quant_map", "weight.nested_quant_map"}
     return sum(
         t.numel() * t.element_size()
-        for k, t in state.items()
+        for k, tensor in state.items()
+        for t in _plain(tensor)
         if k not in skip and not k.startswith("weight.quant_state") and k.startswith(prefix)
     )

@@ -86,6 +86,9 @@ def packed_config(path: str, config: Any, cls: type, options: Mapping[str, Any])
     method = stored.get("quant_method")
     quantizer = from_config({**stored, "quant_method": str(getattr(method, "value", method))})
     if not isinstance(quantizer, TensorQuantizer):
+        folder = Path(path, options.get("subfolder") or "")
+        if quantizer is not None and folder.is_dir():
+            quantizer.check_folder(folder)
         return None
     quantizer.check_installed()
     tensors = tensors_of(path, options)

@@ -93,7 +93,13 @@ class QftHfQuantizer(HfQuantizer):
         _keep_codes_apart(model)
         self._describe_anew(model)
         # whatever state dict save_pretrained was given, it takes this one
-        return bare_state_dict(model, stored=not isinstance(self.quantization_config, QftConfig)), {}
+        own = isinstance(self.quantization_config, QftConfig)
+        state = bare_state_dict(model, stored=not own)
+        layers = {} if own else {n: m for n, m in bare_layers(model) if quantizer_of(m) is not None}
+        metadata: dict[str, str] = {}
+        for quantizer in dict.fromkeys(quantizer_of(m) for m in layers.values()):
+            metadata |= quantizer.stored_metadata(state, layers)
+        return state, metadata
 
     def _describe_anew(self, model: nn.Module) -> None:
         """A merge may have changed the dtypes of packed tensors since the model was marked."""

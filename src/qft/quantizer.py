@@ -266,6 +266,14 @@ class Quantizer(ABC):
         """
         raise NotImplementedError
 
+    @classmethod  # noqa: B027
+    def check_folder(cls, folder: Path) -> None:
+        """Look at the headers of a local checkpoint of one of `config_methods` that transformers is about to load.
+
+        Raises:
+            BadFolder: tensors that are missing or cannot be right, by name.
+        """
+
     def adopt(self, module: nn.Module) -> None:  # noqa: B027
         """Make a layer that somebody else quantized safe to use: called once, before anything else."""
 
@@ -304,6 +312,15 @@ class Quantizer(ABC):
     ) -> Any | None:
         """`transformers_config`, for a format whose config lists what is quantized, too."""
         return self.transformers_config(skipped, dtype)
+
+    def stored_metadata(self, state: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, str]:
+        """What the headers of safetensors files in the format say beside the tensors.
+
+        Args:
+            state: the tensors to write, by their names in the files.
+            layers: the quantized layers, by the names that they have without adapters.
+        """
+        return {}
 
     def doubt(self, shape: tuple[int, ...], statistics: Any) -> str | None:
         """Why these statistics, or None for none at all, are too thin for a weight of `shape`; None if they will do."""
@@ -417,7 +434,15 @@ def _installed(requirement: str) -> tuple[str | None, bool]:
     return version, req.specifier.contains(version, prereleases=True)
 
 
-_NOT_IN_CODES = ("compute_dtype", "threshold", "damp_percent", "act_group_aware", "apply_clip", "checkpoint_format")
+_NOT_IN_CODES = (
+    "activations",
+    "compute_dtype",
+    "threshold",
+    "damp_percent",
+    "act_group_aware",
+    "apply_clip",
+    "checkpoint_format",
+)
 
 
 def code_options(options: Mapping[str, Any]) -> dict[str, Any]:

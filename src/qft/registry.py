@@ -65,6 +65,9 @@ _entries: dict[str, Entry] = {
     "quanto": Entry(
         "qft.backends.quanto:Quanto", {}, ("optimum-quanto",), "int2, int4, int8 and float8 (optimum-quanto)"
     ),
+    "torchao": Entry(
+        "qft.backends.torchao:TorchAO", {}, (), "int8, float8, integers of 1 to 8 bits, int4 and NF4 (torchao)"
+    ),
     "reference": Entry(
         "qft.backends.reference:Reference", {}, (), "NF4, FP4, integers of 2 to 8 bits, in pure PyTorch, on any device"
     ),
