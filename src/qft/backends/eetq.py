@@ -38,10 +38,10 @@ class EETQ(TensorQuantizer):
 
     Packed tensors: `qweight` int8 (in, out), stored as `weight`; `scale` float16 (out,), stored as `weight_scales`. The
     shape of `qweight` is nominal, its bytes are the kernel's for devices of compute capability 7.5 to 8.9 (newer ones
-    were not seen): codes plus 128, two rows at a time in tiles of 64 inputs, and inputs within 16 in the order 0 8 1 9 2
-    10 3 11 4 12 5 13 ..., as tensor cores take them. All of that is undone exactly. in_features and out_features must be multiples of 64, for
-    EETQ, too. Folders and models that EETQ made on an older device (Volta) have another layout, and are refused: no
-    row would reach its largest code.
+    were not seen): codes plus 128, two rows at a time in tiles of 64 inputs, and inputs within 16 in the order 0 8 1 9
+    2 10 3 11 4 12 5 13 ..., as tensor cores take them. All of that is undone exactly. in_features and out_features must
+    be multiples of 64, for EETQ, too. Folders and models that EETQ made on an older device (Volta) have another layout,
+    and are refused: no row would reach its largest code.
     """
 
     name: ClassVar[str] = "eetq"
