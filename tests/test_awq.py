@@ -488,6 +488,7 @@ def test_from_a_folder_as_in_memory(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # minutes on one core, more on one that is shared
 def test_perplexity_of_a_real_model():
     """SmolLM2 folded off its 4-bit grid, 8 windows of 512 tokens; groups of 64, 4.31 bits a weight.
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import importlib.metadata
 import io
 import json
 import os
@@ -317,8 +318,16 @@ def test_a_named_data_set_is_not_fetched():
     calibrated(model, GPTQConfig(bits=4, group_size=32, dataset="c4"))
 
 
+def needs_optimum():
+    """transformers' GPTQConfig asks for it; optimum-quanto alone has a package `optimum`, too."""
+    try:
+        importlib.metadata.version("optimum")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("pip install optimum")
+
+
 def test_only_the_listed_modules():
-    pytest.importorskip("optimum", reason="pip install optimum")
+    needs_optimum()
     from transformers import GPTQConfig
 
     config = GPTQConfig(bits=4, group_size=32, modules_in_block_to_quantize=[["q_proj"], ["mlp.down_proj"]])
@@ -327,7 +336,7 @@ def test_only_the_listed_modules():
 
 
 def test_a_config_under_a_pattern():
-    pytest.importorskip("optimum", reason="pip install optimum")
+    needs_optimum()
     from transformers import GPTQConfig
 
     config = GPTQConfig(bits=4, group_size=32, dataset=DATA.tolist())
@@ -760,6 +769,7 @@ def test_layers_that_are_left_in_the_same_place_of_another_block(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # minutes on one core, more on one that is shared
 def test_perplexity_of_a_real_model():
     """SmolLM2 folded off its 4-bit grid, 8 windows of 512 tokens; groups of 64.
 
