@@ -83,6 +83,7 @@ def _reporting(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            _import_quietly()
             command(*args, **kwargs)
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
@@ -97,6 +98,21 @@ def _reporting(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(1) from None
 
     return run
+
+
+def _import_quietly() -> None:
+    """Import qft with its packages. torchao, where installed, tells stderr of kernels that this machine lacks."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        importlib.import_module("qft")
+        importlib.import_module("peft")
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 if __name__ == "__main__":
