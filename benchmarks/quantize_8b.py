@@ -18,20 +18,22 @@ import qft
 GIB = 1024**3
 
 
-def shape(layers: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
+def shape(layers: int, **other: int) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+    return LlamaConfig(**{**sizes, **other})
 
 
-def random_model(layers: int):
+def random_model(layers: int = 32, **other: int):
+    """bfloat16 on the GPU; `other` are sizes of the config."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape(layers), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(shape(layers, **other), dtype=torch.bfloat16)
     model.to_empty(device="cuda")
     with torch.no_grad():
         for p in model.parameters():
