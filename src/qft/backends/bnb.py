@@ -206,9 +206,11 @@ class BitsAndBytes4bit(_BitsAndBytes):
         data = weight.module.weight.data
         dtype = out.dtype if out is not None else dtype or state.dtype
         if kernels.usable(data):
-            double = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if state.nested else None
+            double = (
+                (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if state.nested else None
+            )
             value = kernels.codebook(
-                data, state.absmax, state.code, block_size=state.blocksize, double=double, shape=weight.shape,
+                data, state.absmax, state.code, block_size=state.blocksize, double=double, shape=tuple(state.shape),
                 dtype=dtype, out=out,
             )  # fmt: skip
             if value is not None:

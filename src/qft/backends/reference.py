@@ -145,9 +145,7 @@ class Reference(TensorQuantizer):
         if not kernels.usable(packed["qweight"]):
             return None
         if self.format == "int":
-            return kernels.integers(
-                packed, bits=self.bits, symmetric=self.symmetric, shape=shape, dtype=dtype, out=out
-            )
+            return kernels.integers(packed, bits=self.bits, symmetric=self.symmetric, shape=shape, dtype=dtype, out=out)
         values, _, _ = _codebook(self.format, packed["qweight"].device)
         double = kernels.double_constants(packed, "absmax")
         return kernels.codebook(

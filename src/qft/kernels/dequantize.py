@@ -66,7 +66,10 @@ def integers(
     if not groups or n % groups or n // groups % UNIT:
         return None
     zero = None if symmetric else packed["zero_point"]
-    double, zero_double = double_constants(packed, "scale"), None if symmetric else double_constants(packed, "zero_point")
+    double, zero_double = (
+        double_constants(packed, "scale"),
+        None if symmetric else double_constants(packed, "zero_point"),
+    )
     tensors = [qweight, scale, zero, *(double or ())[:3], *(zero_double or ())[:3]]
     if not fits(tensors, shape, dtype, out) or (zero is not None and (double is None) != (zero_double is None)):
         return None
