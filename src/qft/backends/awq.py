@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from qft import kernels
 from qft.bits import pack_bits, unpack_bits
 from qft.errors import BadOption, BadShape, UnsupportedOperation
 from qft.feedback import doubt, nearest, with_feedback
@@ -183,6 +184,9 @@ class AWQ(TensorQuantizer):
     def unpack(
         self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
+        value = kernels.awq(packed, shape=shape, dtype=dtype, out=out)
+        if value is not None:
+            return value
         rows, columns = shape
         scales = packed["scales"]
         # float16 arithmetic is emulated on the CPU; codes less zero points are exact, and the product rounds once

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from qft import kernels
 from qft.errors import BadOption, QftWarning
 from qft.lora.autograd import lora_linear
 from qft.packed import dequantizer
@@ -204,6 +205,16 @@ class BitsAndBytes4bit(_BitsAndBytes):
         state = _state(weight.module)
         data = weight.module.weight.data
         dtype = out.dtype if out is not None else dtype or state.dtype
+        if kernels.usable(data):
+            double = (
+                (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if state.nested else None
+            )
+            value = kernels.codebook(
+                data, state.absmax, state.code, block_size=state.blocksize, double=double, shape=tuple(state.shape),
+                dtype=dtype, out=out,
+            )  # fmt: skip
+            if value is not None:
+                return value
         kernel = dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
         absmax = state.absmax
         if state.nested:
@@ -334,6 +345,9 @@ class BitsAndBytes8bit(_BitsAndBytes):
         self, weight: QuantizedWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
     ) -> Tensor:
         codes, scale = _int8(weight.module)
+        value = kernels.rows(codes, scale, dtype=dtype or weight.dtype, out=out, divisor=127)
+        if value is not None:
+            return value
         value = codes * (scale.float() / 127)[:, None]
         return value.to(dtype or weight.dtype) if out is None else out.copy_(value)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qft import kernels
 from qft.errors import BadFolder, BadOption, BadShape, UnsupportedOperation
 from qft.packed import PackedLinear, TensorQuantizer
 from qft.quantizer import Capabilities
@@ -86,6 +87,9 @@ class EETQ(TensorQuantizer):
     def unpack(
         self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
+        value = kernels.eetq(packed["qweight"], packed["scale"], shape=shape, dtype=dtype, out=out)
+        if value is not None:
+            return value
         value = _plain(packed["qweight"], shape).float().mul_(packed["scale"].float()[:, None])
         return value.to(dtype) if out is None else out.copy_(value)
 

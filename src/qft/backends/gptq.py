@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from qft import kernels
 from qft.bits import pack_bits, unpack_bits
 from qft.errors import BadFolder, BadOption, BadShape, QftWarning, UnsupportedOperation
 from qft.feedback import doubt, nearest, with_feedback
@@ -160,6 +161,12 @@ class GPTQ(TensorQuantizer):
     def unpack(
         self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
+        older = self.checkpoint_format == "gptq"
+        value = kernels.gptq(
+            packed, bits=self.bits, older=older, ordered=self.desc_act, shape=shape, dtype=dtype, out=out
+        )
+        if value is not None:
+            return value
         rows, columns = shape
         scales, zero = packed["scales"], self._zeros(packed["qzeros"], rows)
         # float16 arithmetic is emulated on the CPU; codes less zero points are exact, and the product rounds once

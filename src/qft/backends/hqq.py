@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qft import kernels
 from qft.bits import codes_per_word, in_groups, pack_rows, unpack_rows
 from qft.errors import BadFolder, BadOption, BadShape, QftError, UnsupportedOperation
 from qft.packed import PackedLinear, TensorQuantizer
@@ -142,10 +143,16 @@ class HQQ(TensorQuantizer):
     def unpack(
         self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
+        size = self._size(shape)
+        value = kernels.parts(
+            packed, bits=self.bits, group_size=size, axis=self.axis, layout="hqq", shape=shape, dtype=dtype, out=out
+        )
+        if value is not None:
+            return value
         result = out if out is not None and out.is_contiguous() else None
         if result is None:
             result = torch.empty(shape, dtype=dtype, device=packed["qweight"].device)
-        groups = in_groups(result, self._size(shape), self.axis)
+        groups = in_groups(result, size, self.axis)
         scale, zero = packed["scale"].float(), packed["zero_point"].float()
         for rows, codes in unpack_rows(packed["qweight"], self.bits, groups.shape[0], high_first=True):
             mine = rows if self.axis == 1 else slice(None)

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from qft import kernels
 from qft.bits import codes_per_word, in_groups, pack_rows, unpack_rows
 from qft.errors import BadFolder, BadOption, BadShape, QftError, UnsupportedOperation
 from qft.packed import PackedLinear, TensorQuantizer
@@ -104,8 +105,17 @@ class Quanto(TensorQuantizer):
     ) -> Tensor:
         codes, scale = packed["qweight"], packed["scale"]
         if self.format in _BITS:
+            size = self._size(shape)
+            value = kernels.parts(
+                packed, bits=_BITS[self.format], group_size=size, layout="quanto", shape=shape, dtype=dtype, out=out
+            )
+        else:
+            value = kernels.rows(codes, scale, dtype=dtype, out=out, round_product=True)
+        if value is not None:
+            return value
+        if self.format in _BITS:
             value = torch.empty(shape, dtype=scale.dtype, device=codes.device)
-            groups, shift = in_groups(value, self._size(shape)), packed["shift"]
+            groups, shift = in_groups(value, size), packed["shift"]
             for rows, part in unpack_rows(codes, _BITS[self.format], groups.shape[0], high_first=False):
                 torch.mul(scale[rows], part, out=groups[rows]).sub_(shift[rows])
         else:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from qft import kernels
 from qft.bits import pack_bits, pack_constants, unpack_bits, unpack_constants
 from qft.errors import BadOption, BadShape, UnsupportedOperation
 from qft.packed import TensorQuantizer
@@ -131,9 +132,26 @@ class Reference(TensorQuantizer):
     def unpack(
         self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
+        value = self._by_kernel(packed, shape, dtype, out)
+        if value is not None:
+            return value
         unpack = self._unpack_int if self.format == "int" else self._unpack_codebook
         value = unpack(packed, shape)
         return value.to(dtype) if out is None else out.copy_(value)
+
+    def _by_kernel(
+        self, packed: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor | None:
+        if not kernels.usable(packed["qweight"]):
+            return None
+        if self.format == "int":
+            return kernels.integers(packed, bits=self.bits, symmetric=self.symmetric, shape=shape, dtype=dtype, out=out)
+        values, _, _ = _codebook(self.format, packed["qweight"].device)
+        double = kernels.double_constants(packed, "absmax")
+        return kernels.codebook(
+            packed["qweight"], packed["absmax"], values, block_size=self.group_size, double=double, shape=shape,
+            dtype=dtype, out=out,
+        )  # fmt: skip
 
     def group_size_of(self, weight: QuantizedWeight) -> int | None:
         own = weight.module.quantizer

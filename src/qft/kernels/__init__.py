@@ -1,0 +1,17 @@
+"""Dequantizers as single Triton kernels, for CUDA; the torch code of each backend's `unpack` is their twin.
+
+Every function here computes what its twin does, bit for bit, and takes what its twin takes: the packed tensors, a shape,
+a dtype, and perhaps a buffer to write into. It returns None where it has no kernel for what it was given, so that the
+caller's torch code goes on: tensors that are not on a CUDA device, triton not installed, groups of a size that is no
+multiple of eight, an empty weight, a dtype of the result that is none of float32, float16 and bfloat16, a trace of
+torch.compile. Nothing here waits for the device.
+
+`QFT_KERNELS=0` in the environment turns all of them off. A device that triton cannot compile for gets the torch code, after
+one warning. With `TRITON_INTERPRET=1`, set before anything imports triton, CPU tensors run in its interpreter, which is
+slow and only for tests.
+"""
+
+from qft.kernels.dequantize import awq, codebook, double_constants, eetq, gptq, integers, parts, rows
+from qft.kernels.launch import usable
+
+__all__ = ["awq", "codebook", "double_constants", "eetq", "gptq", "integers", "parts", "rows", "usable"]

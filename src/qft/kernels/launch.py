@@ -1,0 +1,93 @@
+"""Whether and how a kernel runs; triton is imported when the first one does."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qft.errors import QftWarning
+
+CONFIGS: dict[str, dict[str, int]] = {
+    "stream": {"BLOCK": 256, "num_warps": 4},
+    "parts": {"BLOCK": 256, "num_warps": 4},
+    "eetq": {"BLOCK": 128, "num_warps": 4},
+    "gptq": {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 128, "num_warps": 4},
+    "gptq_ordered": {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "num_warps": 4},
+    "awq": {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 64, "num_warps": 4},
+}
+"""Block sizes by program, in units of eight weights or in rows and columns; `benchmarks/dequantize.py --sweep` tries others."""
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_broken: set[torch.device] = set()
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1" and _installed()
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether kernels can run on `tensor`: a plain CUDA tensor, triton installed, and `QFT_KERNELS` not 0."""
+    return (
+        (tensor.is_cuda or (_interpreted() and tensor.device.type == "cpu"))
+        and type(tensor) in (Tensor, nn.Parameter)
+        and os.environ.get("QFT_KERNELS", "1") != "0"
+        and tensor.device not in _broken
+        and _installed()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def fits(tensors: Sequence[Tensor | None], shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> bool:
+    """Whether kernels can take these: `tensors` contiguous, on one device that they run on, `out` on it, and as asked."""
+    first = tensors[0]
+    if not usable(first) or 0 in shape:
+        return False
+    for tensor in tensors:
+        if tensor is not None and (tensor.device != first.device or not tensor.is_contiguous()):
+            return False
+    if out is None:
+        return dtype in _FLOATS
+    return out.dtype in _FLOATS and out.device == first.device and out.shape == torch.Size(shape) and usable(out)
+
+
+def launch(program: str, grid: tuple[int, ...], *args: Any, config: dict[str, int], **constants: Any) -> bool:
+    """Run a program of `qft.kernels.programs` on the device of its first argument; whether that went well.
+
+    A device on which it does not, for want of a compiler or of hardware, is left to torch from now on.
+    """
+    device = args[0].device
+    try:
+        from qft.kernels import programs
+
+        run = getattr(programs, program)[grid]
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                run(*args, **constants, **config, enable_fp_fusion=False)
+        else:
+            run(*args, **constants, **config, enable_fp_fusion=False)
+    except Exception as error:
+        if _interpreted():
+            raise
+        _broken.add(device)
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        warnings.warn(
+            f"triton cannot run qft's kernel {program!r} on {device} ({why}): weights are dequantized by torch code there, "
+            "which is slower; QFT_KERNELS=0 in the environment avoids the attempt",
+            QftWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

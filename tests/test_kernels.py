@@ -1,0 +1,456 @@
+"""Kernels against the torch code on a CPU, bit for bit: on CUDA, and in triton's interpreter, which a process of its own has.
+
+`pytest -m gpu tests/test_kernels.py` runs everything on a device. Without one, `test_in_the_interpreter` starts this file
+again with TRITON_INTERPRET=1, which triton reads when it is imported, and the tests that are marked gpu here run on
+CPU tensors there.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import run_python
+from torch import nn
+
+import qft
+from qft import kernels
+from qft.backends.awq import AWQ
+from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
+from qft.backends.eetq import EETQ
+from qft.backends.gptq import GPTQ
+from qft.backends.hqq import HQQ
+from qft.backends.quanto import Quanto
+from qft.backends.reference import Reference
+from qft.kernels import dequantize
+from qft.kernels import launch as launching
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The programs that ran, in order."""
+    ran = []
+
+    def launch(program, *args, **kwargs):
+        done = launching.launch(program, *args, **kwargs)
+        if done:
+            ran.append(program)
+        return done
+
+    monkeypatch.setattr(dequantize, "launch", launch)
+    return ran
+
+
+def twin(quantizer, packed, **kwargs):
+    """What the torch code makes of it on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QFT_KERNELS", "0")
+        return quantizer.unpack({n: t.cpu() for n, t in packed.items()}, **kwargs)
+
+
+def buffers(shape, dtype):
+    """Buffers for a result: none, and three layouts, each of NaN."""
+    rows, columns = shape
+    nan = torch.full((2 * rows + 3, 2 * columns + 3), torch.nan, dtype=dtype, device=DEVICE)
+    contiguous = nan.new_full(shape, torch.nan)
+    return (
+        None,
+        contiguous,
+        contiguous.T.clone(memory_format=torch.contiguous_format).T,
+        nan[1 : rows + 1, 2::2][:, :columns],
+    )
+
+
+def agree(quantizer, packed, shape, launched, program, dtypes=FLOATS):
+    """The kernel ran, and its numbers are the twin's, in every dtype and layout of the result."""
+    packed = {n: t.to(DEVICE) for n, t in packed.items()}
+    for dtype in dtypes:
+        wanted = twin(quantizer, packed, shape=shape, dtype=dtype)
+        everything = dtype == torch.bfloat16 and wanted.numel() < 1e6
+        for out in buffers(shape, dtype) if everything else (None,):
+            launched.clear()
+            found = quantizer.unpack(packed, shape=shape, dtype=dtype, out=out)
+            assert launched == ([] if program is None else [program])
+            assert found.shape == torch.Size(shape) and found.dtype == dtype
+            assert out is None or found is out
+            assert torch.equal(found.cpu(), wanted), (quantizer, shape, dtype, out is not None and out.stride())
+
+
+def words(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, shape, generator=g).to(torch.int32)
+
+
+def weight(shape, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g).mul(torch.rand(shape[0], 1, generator=g)).to(dtype)
+
+
+# ---- words of int32: any bits at all, so that zero points wrap and carry over ------------------------------
+
+
+@on_device
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("ordered", [False, True], ids=["natural", "act_order"])
+@pytest.mark.parametrize(
+    ("bits", "size", "shape"),
+    [
+        (4, 32, (70, 96)),
+        (4, 16, (1, 48)),
+        (4, 128, (65, 256)),
+        (4, -1, (24, 100)),
+        (2, 16, (33, 80)),
+        (2, -1, (5, 150)),
+        (8, 32, (67, 64)),
+        (8, -1, (3, 13)),
+        (3, 32, (96, 160)),
+        (3, 16, (32, 64)),
+        (3, -1, (64, 288)),
+    ],
+)
+def test_gptq(bits, size, shape, ordered, version, launched):
+    quantizer = GPTQ(bits=bits, group_size=size, desc_act=ordered, checkpoint_format=version)
+    packed = {
+        name: words(*sizes, seed=i) if kind == torch.int32 else weight(sizes).half()
+        for i, (name, (sizes, kind)) in enumerate(quantizer.template(shape, torch.float16).items())
+    }
+    groups = packed["scales"].shape[0]
+    packed["g_idx"] = torch.arange(shape[1], dtype=torch.int32) // (shape[1] // groups)
+    if ordered:
+        packed["g_idx"] = packed["g_idx"][torch.randperm(shape[1], generator=torch.Generator().manual_seed(5))]
+    agree(quantizer, packed, shape, launched, "gptq", FLOATS if bits == 4 else FLOATS[2:])
+
+
+@on_device
+def test_gptq_with_bfloat16_scales(launched):
+    quantizer, shape = GPTQ(bits=8, group_size=32), (40, 64)
+    packed = quantizer.pack(weight(shape))
+    agree(quantizer, {**packed, "scales": packed["scales"].bfloat16()}, shape, launched, "gptq")
+
+
+@on_device
+@pytest.mark.parametrize(("size", "shape"), [(32, (136, 96)), (16, (8, 48)), (128, (24, 256)), (-1, (40, 100))])
+def test_awq(size, shape, launched):
+    quantizer = AWQ(group_size=size)
+    packed = {
+        name: words(*sizes, seed=i) if kind == torch.int32 else weight(sizes).half()
+        for i, (name, (sizes, kind)) in enumerate(quantizer.template(shape, torch.float16).items())
+    }
+    agree(quantizer, packed, shape, launched, "awq")
+
+
+# ---- parts of the matrix of groups -------------------------------------------------------------------------
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("bits", "size", "axis", "shape"),
+    [
+        (4, 64, 1, (33, 192)),
+        (4, 40, 1, (7, 80)),
+        (4, 8, 0, (4, 32)),
+        (3, 64, 1, (7, 192)),
+        (3, 24, 0, (24, 40)),
+        (2, 32, 1, (1, 160)),
+        (2, 64, 0, (16, 96)),
+        (1, 16, 1, (9, 48)),
+        (8, 64, 1, (10, 128)),
+    ],
+)
+def test_hqq(bits, size, axis, shape, dtype, launched):
+    quantizer = HQQ(bits=bits, group_size=size, axis=axis)
+    packed = quantizer.pack(weight(shape, dtype))
+    agree(quantizer, packed, shape, launched, "parts", (dtype,))
+    if axis == 1:  # as after a shift
+        packed["zero_point"] = packed["zero_point"].float() - 0.3712
+        agree(quantizer, packed, shape, launched, "parts", (torch.bfloat16,))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("format", "size", "shape"),
+    [("int4", None, (33, 256)), ("int4", 8, (3, 24)), ("int2", None, (5, 40)), ("int2", 32, (1, 96))],
+)
+def test_quanto_parts(format, size, shape, dtype, launched):
+    quantizer = Quanto(format=format, group_size=size)
+    agree(quantizer, quantizer.pack(weight(shape, dtype)), shape, launched, "parts")
+
+
+# ---- the flattened weight ----------------------------------------------------------------------------------
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("format", ["int8", "float8", "float8_e5m2"])
+@pytest.mark.parametrize("shape", [(33, 200), (1, 8)])
+def test_quanto_rows(format, shape, dtype, launched):
+    quantizer = Quanto(format=format)
+    agree(quantizer, quantizer.pack(weight(shape, dtype)), shape, launched, "stream")
+
+
+@on_device
+@pytest.mark.parametrize("format", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_every_float8(format):
+    codes = torch.arange(256).to(torch.uint8).view(format).view(4, 64)
+    scale = torch.ones(4, 1)
+    found = kernels.rows(codes.to(DEVICE), scale.to(DEVICE), dtype=torch.float32)
+    assert torch.equal(found.cpu().nan_to_num(7.5, 8.5, 9.5), codes.float().nan_to_num(7.5, 8.5, 9.5))
+
+
+@on_device
+@pytest.mark.parametrize("shape", [(64, 64), (192, 320)])
+def test_eetq(shape, launched):
+    codes = words(shape[1], shape[0] // 4).view(torch.int8)
+    packed = {"qweight": codes, "scale": weight((shape[0], 1)).half().view(-1)}
+    agree(EETQ(), packed, shape, launched, "eetq")
+
+
+@on_device
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(
+    ("size", "shape", "options"),
+    [
+        (16, (5, 48), {}),
+        (8, (3, 24), {"symmetric": True}),
+        (24, (97, 72), {"double_quant": True}),
+        (16, (2, 16), {"symmetric": True, "double_quant": True}),
+    ],
+    ids=str,
+)
+def test_reference_integers(bits, size, shape, options, launched):
+    quantizer = Reference(format="int", bits=bits, group_size=size, **options)
+    for dtype in FLOATS:
+        agree(quantizer, quantizer.pack(weight(shape, dtype)), shape, launched, "stream", (dtype,))
+    if not options:
+        packed = quantizer.pack(weight(shape, torch.bfloat16))
+        packed["zero_point"] = packed["zero_point"].float() - 0.3712
+        agree(quantizer, packed, shape, launched, "stream", (torch.bfloat16,))
+
+
+@on_device
+@pytest.mark.parametrize("double", [False, True], ids=["float", "double"])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("size", "shape"), [(64, (33, 77)), (8, (65, 33)), (40, (8, 80)), (4096, (3, 5)), (64, (1, 1))]
+)
+def test_reference_codebooks(format, size, shape, double, launched):
+    quantizer = Reference(format=format, group_size=size, double_quant=double)
+    agree(quantizer, quantizer.pack(weight(shape)), shape, launched, "stream")
+
+
+@on_device
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        BitsAndBytes4bit(),
+        BitsAndBytes4bit(double_quant=True),
+        BitsAndBytes4bit(quant_type="fp4", block_size=32, double_quant=True),
+        BitsAndBytes4bit(double_quant=True, quant_storage=torch.bfloat16),
+        BitsAndBytes8bit(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("shape", [(64, 640), (40, 72)])
+def test_bitsandbytes(quantizer, shape, launched, monkeypatch):
+    """Against bitsandbytes' own code on the same device."""
+    linear = nn.Linear(shape[1], shape[0], device=DEVICE)
+    linear.weight.data = weight(shape).to(DEVICE)
+    layer = quantizer.quantize_layer(linear)
+    (held,) = quantizer.weights(layer)
+    for dtype in FLOATS:
+        monkeypatch.setenv("QFT_KERNELS", "0")
+        launched.clear()
+        wanted = quantizer.dequantize(held, dtype=dtype)
+        assert launched == []
+        monkeypatch.setenv("QFT_KERNELS", "1")
+        for out in buffers(shape, dtype):
+            launched.clear()
+            found = quantizer.dequantize(held, dtype=dtype, out=out)
+            assert launched == ["stream"] and found.dtype == dtype
+            # in float32, a step of it: CUDA divides by multiplying with the inverse, and bitsandbytes has FP4 in decimals
+            bound = {torch.float32: 4e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype] if DEVICE == "cuda" else 0
+            exact = quantizer in (BitsAndBytes4bit(),)
+            torch.testing.assert_close(found, wanted, rtol=0 if exact else bound, atol=0)
+
+
+# ---- what has no kernel ------------------------------------------------------------------------------------
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("quantizer", "shape"),
+    [
+        (Reference(group_size=5), (7, 9)),
+        (Reference(format="int", group_size=12), (3, 24)),
+        (HQQ(group_size=12), (4, 24)),
+        (HQQ(group_size=4, axis=0), (4, 7)),
+        (Quanto(format="int8"), (5, 13)),
+        (Quanto(format="int4"), (5, 13)),
+    ],
+    ids=repr,
+)
+def test_torch_does_what_kernels_do_not(quantizer, shape, launched):
+    agree(quantizer, quantizer.pack(weight(shape)), shape, launched, None)
+
+
+@on_device
+def test_other_dtypes_and_layouts_go_to_torch(launched):
+    quantizer, shape = HQQ(group_size=64), (8, 128)
+    packed = {n: t.to(DEVICE) for n, t in quantizer.pack(weight(shape)).items()}
+    wanted = twin(quantizer, packed, shape=shape, dtype=torch.float64)
+    assert torch.equal(quantizer.unpack(packed, shape=shape, dtype=torch.float64).cpu(), wanted)
+    apart = {n: torch.stack([t, t], -1)[..., 0] for n, t in packed.items()}
+    wanted = twin(quantizer, packed, shape=shape, dtype=torch.bfloat16)
+    assert torch.equal(quantizer.unpack(apart, shape=shape, dtype=torch.bfloat16).cpu(), wanted)
+    assert launched == []
+
+
+@on_device
+def test_codes_that_start_at_an_odd_byte(launched):
+    quantizer, shape = Reference(), (8, 128)
+    packed = {n: t.to(DEVICE) for n, t in quantizer.pack(weight(shape)).items()}
+    packed["qweight"] = torch.cat([packed["qweight"].new_zeros(1), packed["qweight"]])[1:]
+    agree(quantizer, packed, shape, launched, "stream")
+
+
+@on_device
+def test_the_switch(monkeypatch):
+    tensor = torch.zeros(8, device=DEVICE)
+    assert kernels.usable(tensor) and kernels.usable(nn.Parameter(tensor))
+    assert not kernels.usable(tensor.to("meta"))
+    monkeypatch.setenv("QFT_KERNELS", "0")
+    assert not kernels.usable(tensor)
+
+
+def test_a_device_that_triton_cannot_compile_for(monkeypatch):
+    monkeypatch.setattr(launching, "_broken", set())
+    monkeypatch.setattr(launching, "_interpreted", lambda: False)
+    monkeypatch.setattr(kernels, "programs", SimpleNamespace(), raising=False)
+    with pytest.warns(qft.QftWarning, match="weights are dequantized by torch code there") as warned:
+        assert not launching.launch("stream", (1,), torch.zeros(8), config={})
+    assert len(warned) == 1 and launching._broken == {torch.device("cpu")}
+
+
+@pytest.mark.gpu
+def test_one_warning_and_right_numbers_where_triton_fails(monkeypatch):
+    monkeypatch.setattr(launching, "_broken", set())
+    monkeypatch.setattr(kernels, "programs", SimpleNamespace(), raising=False)
+    quantizer, shape = Reference(double_quant=True), (40, 72)
+    packed = {n: t.cuda() for n, t in quantizer.pack(weight(shape)).items()}
+    with pytest.warns(qft.QftWarning, match="torch code") as warned:
+        for _ in range(3):
+            found = quantizer.unpack(packed, shape=shape, dtype=torch.float16)
+            assert torch.equal(found.cpu(), twin(quantizer, packed, shape=shape, dtype=torch.float16))
+    assert len(warned) == 1 and not kernels.usable(packed["qweight"])
+
+
+def test_importing_qft_leaves_triton_alone():
+    assert run_python("import qft, sys; print('qft.kernels.programs' in sys.modules)").split() == ["False"]
+
+
+if not INTERPRETED:
+
+    def test_on_a_cpu_torch_runs():
+        assert not kernels.usable(torch.zeros(8))
+
+    @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton (Linux)")
+    @pytest.mark.slow
+    def test_in_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", __file__]
+        env = {**os.environ, "TRITON_INTERPRET": "1", "QFT_KERNELS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        assert " skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
+
+
+# ---- what only a device has room and time for --------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("quantizer", "program"),
+    [
+        (GPTQ(bits=4, group_size=128), "gptq"),
+        (GPTQ(bits=4, group_size=128, desc_act=True), "gptq"),
+        (GPTQ(bits=3, group_size=128, symmetric=False), "gptq"),
+        (GPTQ(bits=2, group_size=64, checkpoint_format="gptq_v2"), "gptq"),
+        (GPTQ(bits=8, group_size=128), "gptq"),
+        (AWQ(group_size=128), "awq"),
+        (HQQ(bits=4, group_size=64), "parts"),
+        (HQQ(bits=3, group_size=64), "parts"),
+        (HQQ(bits=2, group_size=64, axis=0), "parts"),
+        (Quanto(format="int4"), "parts"),
+        (Quanto(format="int8"), "stream"),
+        (Quanto(format="float8"), "stream"),
+        (EETQ(), "eetq"),
+        (Reference(), "stream"),
+        (Reference(format="fp4", double_quant=True), "stream"),
+        (Reference(format="int", bits=3, group_size=64), "stream"),
+        (Reference(format="int", bits=4, group_size=64, double_quant=True), "stream"),
+    ],
+    ids=repr,
+)
+def test_a_large_weight(quantizer, program, launched):
+    shape = (4096, 14336)
+    packed = quantizer.pack(weight(shape, torch.bfloat16).cuda())
+    if getattr(quantizer, "desc_act", False):
+        packed["g_idx"] = packed["g_idx"][torch.randperm(shape[1], device="cuda")]
+    agree(quantizer, packed, shape, launched, program, (torch.bfloat16,))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32(launched):
+    """2**31 weights and more: the last rows, against the twin of these rows alone."""
+    columns, rows, tail = 32768, 65536 + 8, 16
+    codes = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, device="cuda")
+    absmax = torch.rand(rows * columns // 64, device="cuda")
+    quantizer = Reference()
+    found = quantizer.unpack({"qweight": codes, "absmax": absmax}, shape=(rows, columns), dtype=torch.float16)
+    last = {"qweight": codes[-tail * columns // 2 :], "absmax": absmax[-tail * columns // 64 :]}
+    assert torch.equal(found[-tail:].cpu(), twin(quantizer, last, shape=(tail, columns), dtype=torch.float16))
+    del found, codes, absmax
+
+    quantizer = GPTQ(bits=4, group_size=128)
+    packed = {
+        "qweight": torch.randint(-(2**31), 2**31 - 1, (columns // 8, rows), dtype=torch.int32, device="cuda"),
+        "qzeros": torch.randint(-(2**31), 2**31 - 1, (columns // 128, rows // 8), dtype=torch.int32, device="cuda"),
+        "scales": torch.rand(columns // 128, rows, device="cuda").half(),
+        "g_idx": torch.arange(columns, dtype=torch.int32, device="cuda") // 128,
+    }
+    last = {
+        "qweight": packed["qweight"][:, -tail:],
+        "qzeros": packed["qzeros"][:, -tail // 8 :],
+        "scales": packed["scales"][:, -tail:],
+        "g_idx": packed["g_idx"],
+    }
+    for ordered in (False, True):
+        quantizer = replace(quantizer, desc_act=ordered)
+        found = quantizer.unpack(packed, shape=(rows, columns), dtype=torch.float16)
+        assert torch.equal(found[-tail:].cpu(), twin(quantizer, last, shape=(tail, columns), dtype=torch.float16))
+        del found
+    assert launched == ["stream", "gptq", "gptq"]
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(launched):
+    quantizer, shape = Reference(double_quant=True), (64, 128)
+    packed = {n: t.cuda() for n, t in quantizer.pack(weight(shape)).items()}
+    quantizer.unpack(packed, shape=shape, dtype=torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        quantizer.unpack(packed, shape=shape, dtype=torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert launched == ["stream", "stream"]
