@@ -5,8 +5,8 @@
 
 `models` measures, for each quantizer:
 
-- `quantize_s`, `peak_bytes`: the second of two runs, and its peak beyond what was in use before it; on a CPU of the
-  anonymous memory of the process.
+- `quantize_s`: the second of two runs; `peak_bytes`: of a third, beyond what was in use before it, where on a CPU the
+  anonymous memory of the process is sampled.
 - `bits_per_weight`: codes and constants of what was quantized, from `qft.audit`.
 - `perplexity`: of the wrapped model at its start, as it is and folded (see `smollm.fold`); where the vendor's forward
   computes something else, that model's without an adapter, too. Calibrated ones read the calibration windows.
@@ -26,9 +26,12 @@ import ctypes
 import gc
 import json
 import logging
+import math
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +99,6 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken
             self.before, self.peak = load_peak.anonymous(), load_peak.Peak()
             self.peak.start()
         self.start = time.perf_counter()
@@ -112,6 +114,18 @@ class Memory:
             self.peak.over.set()
             self.peak.join()
             self.bytes = max(0, self.peak.bytes - self.before)
+
+
+@contextmanager
+def returning() -> Iterator[None]:
+    """Blocks of memory that are made in here go back to the system when they are freed, at the price of time."""
+    libc, threshold = ctypes.CDLL(None), -3  # M_MMAP_THRESHOLD
+    libc.malloc_trim(0)  # what was freed before would hide what is taken
+    libc.mallopt(threshold, 2**16)
+    try:
+        yield
+    finally:
+        libc.mallopt(threshold, 2**27)
 
 
 def quantized(model: nn.Module, spec: str, calibration: Tensor) -> nn.Module:
@@ -150,7 +164,9 @@ def gradient_error(ours: nn.Module, twin: nn.Module, ids: Tensor) -> float:
     worst = 0.0
     for (_, a), (_, b) in pairs:
         assert a.grad is not None and b.grad is not None and b.grad.norm() > 0
-        worst = max(worst, relative(a.grad, b.grad))
+        error = relative(a.grad, b.grad)
+        assert math.isfinite(error)
+        worst = max(worst, error)
         a.grad = None
     return worst
 
@@ -164,11 +180,17 @@ def measure(plain: nn.Module, folded: nn.Module, spec: str, windows: tuple[Tenso
     held, calibration = windows
     device = next(plain.parameters()).device
     row: dict[str, Any] = {"quantizer": spec, "perplexity": {}}
-    quantized(copy.deepcopy(plain), spec, calibration[:2])  # kernels are built, packages imported
+    quantized(copy.deepcopy(plain), spec, calibration[:1])  # kernels are built, packages imported
     model = copy.deepcopy(plain)
     with Memory(device) as memory:
         quantized(model, spec, calibration)
-    row["quantize_s"], row["peak_bytes"] = memory.seconds, memory.bytes
+    row["quantize_s"] = memory.seconds
+    with returning():
+        other = copy.deepcopy(plain)
+        with Memory(device) as memory:
+            quantized(other, spec, calibration)
+        row["peak_bytes"] = memory.bytes
+        del other
     row["bits_per_weight"] = qft.audit(model).bits_per_weight
     if not qft.get_quantizer(spec).capabilities.exact_forward:
         row["perplexity"]["vendor's forward"] = smollm.perplexity(model, held)
@@ -280,8 +302,6 @@ def main() -> None:
     parser.add_argument("--quantizers", nargs="*", help="only these")
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences of 2048 tokens of `shapes`")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: weights go back to the system when they are freed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qft import kernels
 from qft.errors import BadOption
 
 BLOCK = 128
@@ -63,23 +64,18 @@ def with_feedback(
     scale = columns.new_empty(groups, weight.shape[0])
     zero = torch.empty_like(scale)
     top = 2**bits - 1
-    code = torch.empty_like(scale[0])
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
-        block, error = columns[start:end], torch.empty_like(columns[start:end])
-        within = share[start:end, start:end]
-        for i in range(end - start):
-            if (start + i) % group_size == 0:
-                group = (start + i) // group_size
-                mine = slice(start + i, start + i + group_size)
+        error = torch.empty_like(columns[start:end])
+        for first in range(start, end, min(group_size, BLOCK)):
+            last, group = min(first + group_size, end), first // group_size
+            if first % group_size == 0:
+                mine = slice(first, first + group_size)
                 scale[group], zero[group] = grid(columns[mine], activity[mine])
-                inverse, minus, low = 1 / scale[group], -scale[group], -zero[group]
-                high = low + top
-            torch.mul(block[i], inverse, out=code)
-            torch.clamp(code.round_(), low, high, out=code)
-            torch.addcmul(block[i], code, minus, out=error[i])
-            if start + i + 1 < end:
-                block[i + 1 :].addr_(within[i, i + 1 :], error[i], alpha=-1)
+            span = error[first - start : last - start]
+            _round(columns[first:last], share[first:last, first:last], scale[group], zero[group], top, span)
+            if last < end:
+                columns[last:end].addmm_(share[first:last, last:end].T, span, alpha=-1)
         if end < n:
             columns[end:].addmm_(share[start:end, end:].T, error, alpha=-1)
     # a column is as it was rounded: nothing reaches it afterwards
@@ -92,6 +88,24 @@ def with_feedback(
         return codes[back], scale, zero, owner[back]
     where = torch.argsort(taken[::group_size] // group_size)  # groups moved as wholes
     return codes[back], scale[where], zero[where], owner
+
+
+def _round(columns: Tensor, share: Tensor, scale: Tensor, zero: Tensor, top: int, error: Tensor) -> None:
+    """Round columns (n, out_features) that share their constants, in place as far as they reach each other.
+
+    `columns` become what each was when it was rounded, `error`, of their shape, what that broke; `share` is (n, n).
+    """
+    inverse, minus, low = 1 / scale, -scale, -zero
+    high = low + top
+    if kernels.round_with_feedback(columns, share, inverse, scale, low, high, error):
+        return
+    code = torch.empty_like(scale)
+    for i in range(len(columns)):
+        torch.mul(columns[i], inverse, out=code)
+        torch.clamp(code.round_(), low, high, out=code)
+        torch.addcmul(columns[i], code, minus, out=error[i])
+        if i + 1 < len(columns):
+            columns[i + 1 :].addr_(share[i, i + 1 :], error[i], alpha=-1)
 
 
 def doubt(shape: Sequence[int], statistics: Any) -> str | None:
@@ -135,6 +149,6 @@ def shares(moment: Tensor, damp: float) -> Tensor:
         if not failed:
             eye = torch.eye(len(moment), device=moment.device)
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-            return upper / upper.diagonal()[:, None]
+            return (upper / upper.diagonal()[:, None]).contiguous()
         damp = max(damp * 10, 1e-3) if damp < 0.1 else damp + 0.3
     raise BadOption("the calibration data's second moments have no Cholesky factor: they hold NaN or infinity")

@@ -31,6 +31,9 @@ LARGEST = 2.0**15
 RANGES = tuple(1 - i / 20 for i in range(10))
 """Shares of a group's range that the search goes through, as AWQ's code does."""
 
+AT_ONCE = 2**24
+"""Weights that the search tries at once, all shares of a group counted, lest small groups wait for the device."""
+
 _GPTQMODEL, _AUTOAWQ = "gptqmodel.nn_modules.qlinear", "awq.modules.linear"
 _PLAIN = frozenset({
     f"{_AUTOAWQ}.gemm.WQLinear_GEMM",
@@ -171,14 +174,16 @@ class AWQ(TensorQuantizer):
         if not self.apply_clip:
             return scale, zero
         least = torch.full_like(scale, torch.inf)
-        for share in RANGES:
-            found = self._constants(low * share, high * share)
-            codes = nearest(columns[None], found[0][None], found[1][None], BITS)[0]
-            error = codes.sub_(found[1]).mul_(found[0]).sub_(columns).square_()
-            error = (activity[:, None] * error).sum(0)
-            better = error < least
+        shares = torch.tensor(RANGES, device=columns.device)
+        for some in shares.split(max(1, AT_ONCE // columns.numel())):
+            tried = self._constants(low * some[:, None], high * some[:, None])
+            codes = nearest(columns.expand(len(some), -1, -1), *tried, BITS)
+            error = codes.sub_(tried[1][:, None]).mul_(tried[0][:, None]).sub_(columns).square_()
+            lowest, where = torch.einsum("g,sgo->so", activity, error).min(0)
+            found = (t.gather(0, where[None])[0] for t in tried)
+            better = lowest < least
             scale, zero = (torch.where(better, new, old) for new, old in zip(found, (scale, zero), strict=True))
-            least = torch.where(better, error, least)
+            least = torch.where(better, lowest, least)
         return scale, zero
 
     def unpack(

@@ -13,5 +13,17 @@ slow and only for tests.
 
 from qft.kernels.dequantize import awq, codebook, double_constants, eetq, gptq, integers, parts, rows
 from qft.kernels.launch import usable
+from qft.kernels.rounding import round_with_feedback
 
-__all__ = ["awq", "codebook", "double_constants", "eetq", "gptq", "integers", "parts", "rows", "usable"]
+__all__ = [
+    "awq",
+    "codebook",
+    "double_constants",
+    "eetq",
+    "gptq",
+    "integers",
+    "parts",
+    "round_with_feedback",
+    "rows",
+    "usable",
+]

@@ -328,3 +328,33 @@ def awq(
     out += first.to(tl.int64) * row_stride + start.to(tl.int64) * column_stride
     place = tl.arange(0, BLOCK_ROWS)[:, None] * row_stride + local[None, :] * column_stride
     tl.store(out + place, _rounded(value, out), mask=inside[:, None] & (k < columns)[None, :])
+
+
+@triton.jit
+def round_with_feedback(
+    columns, error, share, inverse, scale, low, high, n, width, share_stride,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A tile of all columns and some rows of the weight: round a column, hand its error on, take the next."""
+    i = tl.arange(0, COLUMNS)
+    row = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    inside = row < width
+    where = i[:, None] * width + row[None, :]
+    mask = (i[:, None] < n) & inside[None, :]
+    tile = tl.load(columns + where, mask=mask, other=0.0)
+    inverse = tl.load(inverse + row, mask=inside, other=1.0)
+    scale = tl.load(scale + row, mask=inside, other=1.0)
+    low = tl.load(low + row, mask=inside, other=0.0)
+    high = tl.load(high + row, mask=inside, other=0.0)
+    for k in range(COLUMNS):
+        column = tl.sum(tl.where(i[:, None] == k, tile, 0.0), axis=0)
+        code = tl.minimum(tl.maximum(column * inverse, low), high)
+        below = tl.floor(code)
+        rest = code - below
+        odd = below - 2.0 * tl.floor(below * 0.5)
+        code = below + tl.where((rest > 0.5) | ((rest == 0.5) & (odd == 1.0)), 1.0, 0.0)
+        wrong = column - code * scale
+        tl.store(error + k * width + row, wrong, mask=inside & (k < n))
+        later = tl.load(share + k * share_stride + i, mask=(i > k) & (i < n) & (k < n), other=0.0)
+        tile -= later[:, None] * wrong[None, :]
+    tl.store(columns + where, tile, mask=mask)
