@@ -262,7 +262,7 @@ def test_reference_codebooks(format, size, shape, double, launched):
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("shape", [(64, 640), (40, 72)])
+@pytest.mark.parametrize("shape", [(24, 320), (40, 72)])
 def test_bitsandbytes(quantizer, shape, launched, monkeypatch):
     """Against bitsandbytes' own code on the same device."""
     linear = nn.Linear(shape[1], shape[0], device=DEVICE)
@@ -275,7 +275,7 @@ def test_bitsandbytes(quantizer, shape, launched, monkeypatch):
         wanted = quantizer.dequantize(held, dtype=dtype)
         assert launched == []
         monkeypatch.setenv("QFT_KERNELS", "1")
-        for out in buffers(shape, dtype):
+        for out in buffers(shape, dtype) if dtype == torch.bfloat16 else (None,):
             launched.clear()
             found = quantizer.dequantize(held, dtype=dtype, out=out)
             assert launched == ["stream"] and found.dtype == dtype
@@ -356,11 +356,10 @@ def test_one_warning_and_right_numbers_where_triton_fails(monkeypatch):
     assert len(warned) == 1 and not kernels.usable(packed["qweight"])
 
 
-def test_importing_qft_leaves_triton_alone():
-    assert run_python("import qft, sys; print('qft.kernels.programs' in sys.modules)").split() == ["False"]
-
-
 if not INTERPRETED:
+
+    def test_importing_qft_leaves_triton_alone():
+        assert run_python("import qft, sys; print('qft.kernels.programs' in sys.modules)").split() == ["False"]
 
     def test_on_a_cpu_torch_runs():
         assert not kernels.usable(torch.zeros(8))
