@@ -54,7 +54,7 @@ def launched(monkeypatch):
 def twin(quantizer, packed, **kwargs):
     """What the torch code makes of it on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QFT_KERNELS", "0")
+        patch.setattr(launching, "enabled", False)
         return quantizer.unpack({n: t.cpu() for n, t in packed.items()}, **kwargs)
 
 
@@ -262,7 +262,7 @@ def test_reference_codebooks(format, size, shape, double, launched):
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("shape", [(64, 640), (40, 72)])
+@pytest.mark.parametrize("shape", [(24, 320), (40, 72)])
 def test_bitsandbytes(quantizer, shape, launched, monkeypatch):
     """Against bitsandbytes' own code on the same device."""
     linear = nn.Linear(shape[1], shape[0], device=DEVICE)
@@ -270,12 +270,12 @@ def test_bitsandbytes(quantizer, shape, launched, monkeypatch):
     layer = quantizer.quantize_layer(linear)
     (held,) = quantizer.weights(layer)
     for dtype in FLOATS:
-        monkeypatch.setenv("QFT_KERNELS", "0")
+        monkeypatch.setattr(launching, "enabled", False)
         launched.clear()
         wanted = quantizer.dequantize(held, dtype=dtype)
         assert launched == []
-        monkeypatch.setenv("QFT_KERNELS", "1")
-        for out in buffers(shape, dtype):
+        monkeypatch.setattr(launching, "enabled", True)
+        for out in buffers(shape, dtype) if dtype == torch.bfloat16 else (None,):
             launched.clear()
             found = quantizer.dequantize(held, dtype=dtype, out=out)
             assert launched == ["stream"] and found.dtype == dtype
@@ -330,7 +330,7 @@ def test_the_switch(monkeypatch):
     tensor = torch.zeros(8, device=DEVICE)
     assert kernels.usable(tensor) and kernels.usable(nn.Parameter(tensor))
     assert not kernels.usable(tensor.to("meta"))
-    monkeypatch.setenv("QFT_KERNELS", "0")
+    monkeypatch.setattr(launching, "enabled", False)
     assert not kernels.usable(tensor)
 
 
@@ -338,9 +338,9 @@ def test_a_device_that_triton_cannot_compile_for(monkeypatch):
     monkeypatch.setattr(launching, "_broken", set())
     monkeypatch.setattr(launching, "_interpreted", lambda: False)
     monkeypatch.setattr(kernels, "programs", SimpleNamespace(), raising=False)
-    with pytest.warns(qft.QftWarning, match="weights are dequantized by torch code there") as warned:
+    with pytest.warns(qft.QftWarning, match="weights are dequantized by torch code") as warned:
         assert not launching.launch("stream", (1,), torch.zeros(8), config={})
-    assert len(warned) == 1 and launching._broken == {torch.device("cpu")}
+    assert len(warned) == 1 and launching._broken == {-1}
 
 
 @pytest.mark.gpu
@@ -356,17 +356,23 @@ def test_one_warning_and_right_numbers_where_triton_fails(monkeypatch):
     assert len(warned) == 1 and not kernels.usable(packed["qweight"])
 
 
-def test_importing_qft_leaves_triton_alone():
-    assert run_python("import qft, sys; print('qft.kernels.programs' in sys.modules)").split() == ["False"]
-
-
 if not INTERPRETED:
+
+    def test_the_switch_is_in_the_environment(monkeypatch):
+        for value, found in (("0", "False"), ("1", "True")):
+            monkeypatch.setenv("QFT_KERNELS", value)
+            code = "from qft.kernels import launch; print(launch.enabled)"
+            assert run_python(code).split() == [found]
+
+    def test_importing_qft_leaves_triton_alone():
+        assert run_python("import qft, sys; print('qft.kernels.programs' in sys.modules)").split() == ["False"]
 
     def test_on_a_cpu_torch_runs():
         assert not kernels.usable(torch.zeros(8))
 
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton (Linux)")
     @pytest.mark.slow
+    @pytest.mark.timeout(1800)
     def test_in_the_interpreter():
         command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", __file__]
         env = {**os.environ, "TRITON_INTERPRET": "1", "QFT_KERNELS": "1"}

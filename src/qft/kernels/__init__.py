@@ -6,9 +6,9 @@ caller's torch code goes on: tensors that are not on a CUDA device, triton not i
 multiple of eight, an empty weight, a dtype of the result that is none of float32, float16 and bfloat16, a trace of
 torch.compile. Nothing here waits for the device.
 
-`QFT_KERNELS=0` in the environment turns all of them off. A device that triton cannot compile for gets the torch code, after
-one warning. With `TRITON_INTERPRET=1`, set before anything imports triton, CPU tensors run in its interpreter, which is
-slow and only for tests.
+`QFT_KERNELS=0` in the environment, read when this is imported, turns all of them off. A device that triton cannot compile
+for gets the torch code, after one warning. With `TRITON_INTERPRET=1`, set before anything imports triton, CPU tensors run
+in its interpreter, which is slow and only for tests.
 """
 
 from qft.kernels.dequantize import awq, codebook, double_constants, eetq, gptq, integers, parts, rows

@@ -99,8 +99,9 @@ def rows(
     kind, shape = kinds.get(qweight.dtype), tuple(qweight.shape)
     if kind is None or shape[-1] % UNIT or scale.numel() != shape[0] or not fits([qweight, scale], shape, dtype, out):
         return None
+    codes = qweight if kind == "int8" else qweight.view(torch.uint8)  # triton knows float8 on newer devices only
     return _stream(
-        qweight, scale, None, shape, dtype, out, kind=kind, bits=8, size=shape[-1], nbytes=qweight.numel(),
+        codes, scale, None, shape, dtype, out, kind=kind, bits=8, size=shape[-1], nbytes=qweight.numel(),
         round_product=round_product, divisor=divisor,
     )  # fmt: skip
 

@@ -24,8 +24,12 @@ CONFIGS: dict[str, dict[str, int]] = {
 }
 """Block sizes by program, in units of eight weights or in rows and columns; `benchmarks/dequantize.py --sweep` tries others."""
 
+enabled = os.environ.get("QFT_KERNELS", "1") != "0"
+"""Read once: looking into the environment takes longer than all the other questions together."""
+
+_PLAIN = (Tensor, nn.Parameter)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_broken: set[torch.device] = set()
+_broken: set[int] = set()  # indices of devices
 
 
 @cache
@@ -41,26 +45,26 @@ def _interpreted() -> bool:
 def usable(tensor: Tensor) -> bool:
     """Whether kernels can run on `tensor`: a plain CUDA tensor, triton installed, and `QFT_KERNELS` not 0."""
     return (
-        (tensor.is_cuda or (_interpreted() and tensor.device.type == "cpu"))
-        and type(tensor) in (Tensor, nn.Parameter)
-        and os.environ.get("QFT_KERNELS", "1") != "0"
-        and tensor.device not in _broken
-        and _installed()
+        enabled
+        and (tensor.is_cuda or (_interpreted() and tensor.is_cpu))
         and not torch.compiler.is_compiling()
+        and type(tensor) in _PLAIN
+        and tensor.get_device() not in _broken
+        and _installed()
     )
 
 
 def fits(tensors: Sequence[Tensor | None], shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> bool:
     """Whether kernels can take these: `tensors` contiguous, on one device that they run on, `out` on it, and as asked."""
-    first = tensors[0]
-    if not usable(first) or 0 in shape:
+    if not usable(tensors[0]) or 0 in shape:
         return False
+    device = tensors[0].get_device()
     for tensor in tensors:
-        if tensor is not None and (tensor.device != first.device or not tensor.is_contiguous()):
+        if tensor is not None and (tensor.get_device() != device or not tensor.is_contiguous()):
             return False
     if out is None:
         return dtype in _FLOATS
-    return out.dtype in _FLOATS and out.device == first.device and out.shape == torch.Size(shape) and usable(out)
+    return out.dtype in _FLOATS and out.get_device() == device and out.shape == tuple(shape) and type(out) in _PLAIN
 
 
 def launch(program: str, grid: tuple[int, ...], *args: Any, config: dict[str, int], **constants: Any) -> bool:
@@ -68,12 +72,12 @@ def launch(program: str, grid: tuple[int, ...], *args: Any, config: dict[str, in
 
     A device on which it does not, for want of a compiler or of hardware, is left to torch from now on.
     """
-    device = args[0].device
+    device = args[0].get_device()
     try:
         from qft.kernels import programs
 
         run = getattr(programs, program)[grid]
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 run(*args, **constants, **config, enable_fp_fusion=False)
         else:
@@ -84,8 +88,8 @@ def launch(program: str, grid: tuple[int, ...], *args: Any, config: dict[str, in
         _broken.add(device)
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         warnings.warn(
-            f"triton cannot run qft's kernel {program!r} on {device} ({why}): weights are dequantized by torch code there, "
-            "which is slower; QFT_KERNELS=0 in the environment avoids the attempt",
+            f"triton cannot run qft's kernel {program!r} on device {device} ({why}): weights are dequantized by torch code "
+            "there, which is slower; QFT_KERNELS=0 in the environment avoids the attempt",
             QftWarning,
             stacklevel=2,
         )
