@@ -20,7 +20,7 @@ KINDS = (
     ("attention", r"attention|flash|fmha|sdpa"),
     ("loss", r"cross_entropy|softmax|nll_loss|_cce_|next_token"),
     ("optimizer", r"optimizer|adam|multi_tensor"),
-    ("dequantize", r"dequant|unpack|_affine|_codebook"),
+    ("dequantize", r"dequant|unpack|^(stream|parts|gptq|awq|eetq)\b"),
     ("gemm", r"gemm|nvjet|cutlass|xmma|cublas|splitk|wgmma|aten::(add|b|badd)?mm|mkldnn.*(linear|matmul)"),
 )
 """Kinds of kernels by their names, the first match winning; everything else is elementwise."""
