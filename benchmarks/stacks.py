@@ -276,8 +276,14 @@ def _unsloth(task: Task) -> Ready:
     if task.recompute == "half":
         raise ValueError("Unsloth recomputes every layer or none")
     start = time.perf_counter()
+    again = False if task.recompute == "none" else UNSLOTH[task.name]
     model, _ = FastLanguageModel.from_pretrained(
-        task.folder, max_seq_length=task.sequence, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+        task.folder,
+        max_seq_length=task.sequence,
+        dtype=torch.bfloat16,
+        load_in_4bit=True,
+        use_gradient_checkpointing=again,  # its default patches torch's own checkpoints
+        local_files_only=True,
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -286,10 +292,10 @@ def _unsloth(task: Task) -> Ready:
         lora_dropout=0,
         bias="none",
         target_modules=list(LINEARS),
-        use_gradient_checkpointing=False if task.recompute == "none" else UNSLOTH[task.name],
+        use_gradient_checkpointing=again,
         random_state=task.seed,
     )
-    model = FastLanguageModel.for_training(model) or model
+    model = FastLanguageModel.for_training(model, use_gradient_checkpointing=again) or model
     seconds = {"setup": _now(task) - start}  # reading the folder is a part of it
     return Ready(
         model,
