@@ -1,6 +1,7 @@
 """One training step of SmolLM2 on a CPU: NF4 with LoRA by hand (PEFT over bitsandbytes) against qft, and quantizing it.
 
-The stacks take turns, so that a busy machine slows all of them; ratios are medians of those within one turn.
+The stacks take turns, so that a busy machine slows all of them; ratios are medians of those within one turn. `cpu_s`
+counts the processor's time of all threads, which another program does not lengthen by taking turns on it.
 
     python benchmarks/train_step_cpu.py --out benchmarks/results/train_step_cpu.json [--profile]
 """
@@ -107,19 +108,24 @@ def main() -> None:
         ids = stepping.token_ids(network.config.vocab_size, options.turns + 1, options.batch, options.sequence)
         ready = {way: adapted(copy.deepcopy(network), way, DTYPES[name], options.rank) for way in options.ways}
         seconds: dict[str, list[float]] = {way: [] for way in ready}
+        worked: dict[str, list[float]] = {way: [] for way in ready}
         losses: dict[str, list[float]] = {way: [] for way in ready}
         for batch in ids:
             for way, steps in ready.items():
+                start = time.process_time()
                 (took,), (loss,) = steps.timed(batch[None])
+                worked[way].append(time.process_time() - start)
                 seconds[way].append(took)
                 losses[way].append(float(loss))
         row["step_s"] = {way: s[1:] for way, s in seconds.items()}  # the first one warms up
+        row["cpu_s"] = {way: s[1:] for way, s in worked.items()}
         row["first_step_s"] = {way: s[0] for way, s in seconds.items()}
         row["losses"] = losses
         tokens = options.batch * options.sequence
         row["tokens_per_second"] = {w: tokens / statistics.median(s) for w, s in row["step_s"].items()}
         if "hand" in ready:
-            row["ratio"] = {w: _ratio(row["step_s"]["hand"], s) for w, s in row["step_s"].items()}
+            for key, of in (("ratio", "step_s"), ("cpu_ratio", "cpu_s")):
+                row[key] = {w: _ratio(row[of]["hand"], s) for w, s in row[of].items()}
         if options.profile:
             last = ids[-1]
             row["profile"] = {w: stepping.profiled(partial(s, last), cuda=False) for w, s in ready.items()}
@@ -136,7 +142,9 @@ def _show(row: dict[str, Any]) -> None:
     took = row["quantizing"]["seconds"]
     print(f"{row['dtype']}: quantizing " + ", ".join(f"{k} {statistics.median(v):.2f} s" for k, v in took.items()))
     for way, rate in row["tokens_per_second"].items():
-        ratio = f", {row['ratio'][way]:.2f} × by hand" if "ratio" in row else ""
+        ratio = ""
+        if "ratio" in row:
+            ratio = f", {row['ratio'][way]:.2f} × by hand ({row['cpu_ratio'][way]:.2f} in processor time)"
         took = statistics.median(row["step_s"][way])
         print(f"  {way:<6} {took:.2f} s a step, {rate:.0f} tokens/s{ratio}, loss {row['losses'][way][-1]:.4f}")
     for way, found in row.get("profile", {}).items():
