@@ -16,10 +16,12 @@ from qft.quantizer import DERIVED, Capabilities
 from qft.registry import ENTRY_POINTS
 
 sys.path.insert(0, str(Path(__file__).parent))
+import speed_tables
 import tables
 
 PAGE = Path(__file__).with_name("capabilities.md")
-FIGURES = (Path(__file__).with_name("how_to_start.md"),)
+FIGURES = tuple(Path(__file__).with_name(name) for name in ("how_to_start.md", "speed.md"))
+TABLES = tables.TABLES | speed_tables.TABLES
 DECLARED = tuple(field.name for field in dataclasses.fields(Capabilities))
 HEAD = """# What each quantizer can do
 
@@ -49,7 +51,7 @@ def with_tables(text: str) -> str:
     """A page with what stands between `<!-- table: name -->` and `<!-- end -->` made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        return f"<!-- table: {match[1]} -->\n\n{tables.TABLES[match[1]]()}\n\n<!-- end -->"
+        return f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
