@@ -90,6 +90,8 @@ def test_same_weights_as_on_the_cpu(spec):
     cuda = qft.quantize(llama().cuda(), spec, **options(spec))
     # LLM.int8() rounds activations, HQQ's solver stops when it no longer gains, calibrated ones carry errors on
     bound = 0.02 if spec.partition(":")[0] in ("int8", "hqq", "gptq", "awq") else 2e-3
+    if spec.startswith("torchao") and "group_size" in spec:
+        bound = 0.05  # its symmetric scales put the largest weight of each group on a tie between two codes
     assert relative(logits(cuda), logits(cpu)) < bound
 
 
