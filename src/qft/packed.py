@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qft.errors import BadOption, QftError
 from qft.lora.autograd import lora_linear
+from qft.lora.operator import Source
 from qft.quantizer import Kind, QuantizedWeight, Quantizer, float_weight, is_conv1d
 
 _RESERVED = {"weight", "bias", "quantizer", "in_features", "out_features", "kind", "dtype"}
@@ -56,6 +57,11 @@ class PackedLinear(nn.Module):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
+        self._source = Source(self, (self.out_features, self.in_features))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._source = Source(self, (self.out_features, self.in_features))
 
     @property
     def packed(self) -> dict[str, Tensor]:
@@ -65,15 +71,16 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight as floats, dequantized on each access: (out, in), or (in, out) in the place of a Conv1D."""
-        weight = self._unpack(self.dtype)
+        weight = self.dequantized(self.dtype)
         return weight.T if self.kind == "conv1d" else weight
 
-    def _unpack(self, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight as floats, (out_features, in_features) in `dtype`."""
         shape = (self.out_features, self.in_features)
         return self.quantizer.unpack({n: t.detach() for n, t in self.packed.items()}, shape=shape, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self._unpack, self.bias)
+        return lora_linear(x, self._source, self.bias)
 
     def _apply(self, fn, recurse=True):
         packed = {name: self._parameters.pop(name) for name in self.packed_names}

@@ -13,9 +13,11 @@ in its interpreter, which is slow and only for tests.
 
 from qft.kernels.dequantize import awq, codebook, double_constants, eetq, gptq, integers, parts, rows
 from qft.kernels.launch import usable
+from qft.kernels.lowrank import add_low_rank
 from qft.kernels.rounding import round_with_feedback
 
 __all__ = [
+    "add_low_rank",
     "awq",
     "codebook",
     "double_constants",

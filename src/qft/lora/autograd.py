@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qft.lora.operator import Source, operator
+from qft.lora.products import Layout, backward, bias_gradient, forward, inner
+
 
 class Update(NamedTuple):
     """One adapter's share: `dropped` is the input after dropout and pooling, or None where that is the input itself."""
@@ -30,24 +33,11 @@ class Update(NamedTuple):
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, dequantize, scalings, has_dropped, has_bias, *tensors):
-        dtype = x.dtype
-        weight = dequantize(dtype)
-        y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(dtype))
-        del weight
-        saved, rest = [], list(tensors)
-        for scaling, dropped, biased in zip(scalings, has_dropped, has_bias, strict=True):
-            a, b = rest.pop(0).to(dtype), rest.pop(0).to(dtype)
-            xi = rest.pop(0) if dropped else x
-            h = xi @ a.T
-            y.addmm_(h, b.T, alpha=scaling)
-            if biased:
-                y.add_(rest.pop(0).to(dtype), alpha=scaling)
-            saved += [a, b, h] + ([xi] if dropped else [])
-        ctx.save_for_backward(x, *saved)
-        ctx.dequantize, ctx.scalings = dequantize, scalings
-        ctx.has_dropped, ctx.has_bias = has_dropped, has_bias
-        ctx.dtypes = [t.dtype for t in tensors]
+    def forward(ctx, x, bias, dequantize, layout, *tensors):
+        products = inner(x, tensors, layout)
+        y = forward(x, dequantize(x.dtype), bias, tensors, products, layout)
+        ctx.save_for_backward(x, *tensors, *products)
+        ctx.dequantize, ctx.layout, ctx.count = dequantize, layout, len(tensors)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -55,28 +45,12 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         x, *saved = ctx.saved_tensors
-        if g.dtype != x.dtype:
-            g = g.to(x.dtype)
-        need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        gx = g @ ctx.dequantize(x.dtype) if need_x else None
-        gbias = g.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
-        needs, grads, at = ctx.needs_input_grad[6:], [], 0
-        for scaling, dropped, biased in zip(ctx.scalings, ctx.has_dropped, ctx.has_bias, strict=True):
-            a, b, h = saved.pop(0), saved.pop(0), saved.pop(0)
-            xi = saved.pop(0) if dropped else x
-            gh = g @ b if needs[at] or need_x or (dropped and needs[at + 2]) else None
-            grads.append((gh.T @ xi).mul_(scaling).to(ctx.dtypes[at]) if needs[at] else None)
-            grads.append((g.T @ h).mul_(scaling).to(ctx.dtypes[at + 1]) if needs[at + 1] else None)
-            at += 2
-            if dropped:
-                grads.append((gh @ a).mul_(scaling) if needs[at] else None)
-                at += 1
-            elif need_x:
-                gx.addmm_(gh, a, alpha=scaling)
-            if biased:
-                grads.append(g.sum(0, dtype=torch.float32).mul_(scaling).to(ctx.dtypes[at]) if needs[at] else None)
-                at += 1
-        return gx, gbias, None, None, None, None, *grads
+        tensors, products = saved[: ctx.count], saved[ctx.count :]
+        need_x, need_bias = ctx.needs_input_grad[:2]
+        gx, grads = backward(
+            g, x, lambda: ctx.dequantize(x.dtype), tensors, products, ctx.layout, need_x, ctx.needs_input_grad[4:]
+        )
+        return gx, bias_gradient(g, ctx.bias_dtype) if need_bias else None, None, None, *grads
 
 
 def lora_linear(
@@ -89,7 +63,8 @@ def lora_linear(
 
     Args:
         x: (..., in_features), a float tensor. Under autocast it is cast to the autocast dtype first.
-        dequantize: gives Ŵ of shape (out_features, in_features) in the dtype that it is called with.
+        dequantize: gives Ŵ of shape (out_features, in_features) in the dtype that it is called with. Under
+            torch.compile, a `Source` makes the whole linear one operator; other functions are traced.
         bias: (out_features,) or None.
         updates: the active adapters.
 
@@ -109,14 +84,15 @@ def lora_linear(
             tensors.append(u.dropped.reshape(-1, u.dropped.shape[-1]))
         if u.bias is not None:
             tensors.append(u.bias)
-    with torch.autocast(device, enabled=False):
-        y = _LoraLinear.apply(
-            x.reshape(-1, x.shape[-1]),
-            bias,
-            dequantize,
-            tuple(u.scaling for u in updates),
-            tuple(u.dropped is not None for u in updates),
-            tuple(u.bias is not None for u in updates),
-            *tensors,
-        )
+    flat = x.reshape(-1, x.shape[-1])
+    layout = Layout(
+        tuple(u.scaling for u in updates),
+        tuple(u.dropped is not None for u in updates),
+        tuple(u.bias is not None for u in updates),
+    )
+    if torch.compiler.is_compiling() and isinstance(dequantize, Source):
+        y = operator(flat, dequantize, bias, tensors, layout)
+    else:
+        with torch.autocast(device, enabled=False):
+            y = _LoraLinear.apply(flat, bias, dequantize, layout, *tensors)
     return y.view(*shape, y.shape[-1])

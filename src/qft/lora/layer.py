@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qft.backends.unquantized import Unquantized
 from qft.lora.autograd import Update, lora_linear
 from qft.lora.merges import Merging, WeightMerge
+from qft.lora.operator import Source
 from qft.packed import dequantizer
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
@@ -52,6 +53,11 @@ class QftLinear(Merging, Linear):
         kwargs["is_target_conv_1d_layer"] = False
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = False
+        self._source = self._new_source()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._source = self._new_source()
 
     # ---- the weight --------------------------------------------------------------------------------------
 
@@ -59,6 +65,14 @@ class QftLinear(Merging, Linear):
     def handle(self) -> QuantizedWeight:
         """The handle of the base weight, as it stands now."""
         return self.quantizer.weights(self.base_layer)[0]
+
+    def _new_source(self) -> Source:
+        rows, columns = self.handle.shape
+        return Source(self, (rows, columns))
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """Ŵ as it stands now, (out_features, in_features) in `dtype`."""
+        return self.quantizer.dequantize(self.handle, dtype=dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -116,7 +130,7 @@ class QftLinear(Merging, Linear):
     def _base(self, x: Tensor, updates: list[Update] | None = None) -> Tensor:
         if self.native:
             return self.base_layer(x)
-        return lora_linear(x, dequantizer(self.quantizer, self.handle), self.base_layer.bias, updates or ())
+        return lora_linear(x, self._source, self.base_layer.bias, updates or ())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)

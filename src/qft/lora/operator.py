@@ -1,0 +1,126 @@
+"""The linear as one operator of torch's, so that torch.compile neither breaks a graph at a backend nor looks into it.
+
+Inside, the weight is dequantized by the backend's own code. A layer cannot be an argument of an operator: it goes in as a
+tensor that holds its number. The tensor is an input of the compiled code, which all layers of a kind then share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qft.lora.products import Layout, backward, bias_gradient, forward, inner
+
+_layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class Source:
+    """Ŵ of one layer, by its number. It belongs to its layer: a copy of the layer makes one of its own.
+
+    Args:
+        layer: has a method `dequantized(dtype)` that gives Ŵ, (out_features, in_features) in `dtype`.
+        shape: that of Ŵ.
+    """
+
+    def __init__(self, layer: Any, shape: tuple[int, int]):
+        number = next(_numbers)
+        _layers[number] = layer
+        self.number = torch.tensor(number, device="cpu")
+        self.out_features, self.in_features = shape
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        return _weight(self.number, dtype)
+
+    def __reduce__(self) -> Any:
+        # whoever holds a source makes a new one when it is copied or unpickled; one that was forgotten cannot mislead
+        return _orphan, ()
+
+
+def _orphan() -> None:
+    return None
+
+
+def operator(x: Tensor, source: Source, bias: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> Tensor:
+    """`x` (n, in_features) through the linear of `source`; see `qft.lora.autograd.lora_linear`."""
+    # The backward pass wants these; were they results of the operator, recomputing them would multiply by the weight again.
+    products = inner(x.detach(), [t.detach() for t in tensors], layout)
+    return torch.ops.qft.lora_linear(
+        x, source.number, source.out_features, bias, list(tensors), products, list(layout.scalings),
+        list(layout.has_dropped), list(layout.has_bias),
+    )  # fmt: skip
+
+
+def _weight(number: Tensor, dtype: torch.dtype) -> Tensor:
+    layer = _layers.get(int(number))
+    if layer is None:
+        raise RuntimeError("a compiled linear belongs to a layer that is no more: compile the model's code again")
+    return layer.dequantized(dtype)
+
+
+_library = torch.library.Library("qft", "DEF")
+_LAYOUT = "float[] scalings, bool[] has_dropped, bool[] has_bias"
+_library.define(
+    "lora_linear(Tensor x, Tensor number, SymInt out_features, Tensor? bias, Tensor[] tensors, Tensor[] products, "
+    f"{_LAYOUT}) -> Tensor"
+)
+_library.define(
+    f"lora_linear_backward(Tensor g, Tensor x, Tensor number, Tensor[] tensors, Tensor[] products, {_LAYOUT}, "
+    "bool need_x, bool[] needs) -> Tensor[]"
+)
+
+
+@torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")
+def _forward(x, number, out_features, bias, tensors, products, scalings, has_dropped, has_bias):
+    layout = Layout(scalings, has_dropped, has_bias)
+    return forward(x.contiguous(), _weight(number, x.dtype), bias, tensors, products, layout)
+
+
+@torch.library.register_fake("qft::lora_linear", lib=_library)
+def _forward_shape(x, number, out_features, bias, tensors, products, scalings, has_dropped, has_bias):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.impl(_library, "lora_linear_backward", "CompositeExplicitAutograd")
+def _backward(g, x, number, tensors, products, scalings, has_dropped, has_bias, need_x, needs):
+    layout = Layout(scalings, has_dropped, has_bias)
+    gx, grads = backward(
+        g.contiguous(), x.contiguous(), lambda: _weight(number, x.dtype), tensors, products, layout, need_x, needs
+    )
+    return [t for t in (gx, *grads) if t is not None]
+
+
+@torch.library.register_fake("qft::lora_linear_backward", lib=_library)
+def _backward_shapes(g, x, number, tensors, products, scalings, has_dropped, has_bias, need_x, needs):
+    wanted = [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(tensors, needs) if n]
+    return ([x.new_empty(x.shape)] if need_x else []) + wanted
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, number, _, bias, tensors, products, scalings, has_dropped, has_bias = inputs
+    ctx.save_for_backward(x, number, *tensors, *products)
+    ctx.count, ctx.layout = len(tensors), (scalings, has_dropped, has_bias)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _differentiate(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    x, number, *saved = ctx.saved_tensors
+    tensors, products = saved[: ctx.count], saved[ctx.count :]
+    need_x, need_bias, needs = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+    needs = list(needs) if tensors else []
+    found: list[Tensor] = []
+    if need_x or any(needs):
+        arguments = (g, x, number, tensors, products, *ctx.layout, need_x, needs)
+        found = list(torch.ops.qft.lora_linear_backward(*arguments))
+    gx = found.pop(0) if need_x else None
+    gbias = bias_gradient(g, ctx.bias_dtype) if need_bias else None
+    grads = [found.pop(0) if n else None for n in needs]
+    return gx, None, None, gbias, grads, [None] * len(products), None, None, None
+
+
+torch.library.register_autograd("qft::lora_linear", _differentiate, setup_context=_save, lib=_library)
