@@ -58,6 +58,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
+    from qft.optimizing import optimize_training, unoptimize
 
 __version__ = "0.1.0"
 
@@ -114,6 +115,7 @@ __all__ = [
     "load",
     "merge",
     "merge_to_float",
+    "optimize_training",
     "prepare_model_for_kbit_training",
     "quantize",
     "quantize_and_wrap",
@@ -123,6 +125,7 @@ __all__ = [
     "testing",
     "transfer",
     "unmerge",
+    "unoptimize",
     "wrap",
 ]
 
@@ -136,7 +139,9 @@ _LAZY = {
     "TorchAO": "qft.backends.torchao",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
+    "optimize_training": "qft.optimizing",
     "testing": "qft.testing",
+    "unoptimize": "qft.optimizing",
 }
 
 
