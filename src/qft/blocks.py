@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.checkpoint import checkpoint
 
 from qft.errors import QftWarning
@@ -215,7 +216,8 @@ class Kind:
         return {**self.__dict__, "_compiled": None}
 
     def __call__(self, forward: Callable[..., Any], block: nn.Module, args: Any, kwargs: Any) -> Any:
-        while self.compiles:
+        # a mode that watches every operation keeps dynamo from compiling anything
+        while self.compiles and not _len_torch_dispatch_stack():
             try:
                 if self._compiled is None:
                     self._compiled = self._compile()

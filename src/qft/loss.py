@@ -188,7 +188,7 @@ def linear_cross_entropy(
                 flat, values = flat.index_select(0, targets.kept), values.index_select(0, targets.kept)
             total = liger(flat, weight, values, bias=bias, reduction="sum", softcap=scaling.cap).float()
     if num_items is None:
-        return total / len(targets) if len(targets) else total * math.nan
+        return total / len(targets) if len(targets) else total + math.nan
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
 
