@@ -54,9 +54,10 @@ def find_blocks(model: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    if isinstance(module, (nn.ModuleList, nn.Linear)) or not list(module.children()):
+    if isinstance(module, nn.ModuleList):
         return False
-    return sum(1 for p in module.parameters() if p.dim() >= 2) >= 2
+    leaves = [m for m in module.modules() if not list(m.children()) and (m._parameters or m._buffers)]
+    return len(leaves) >= 2
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Plan:
         cudnn_attention: whether cuDNN's attention kernels are preferred.
         keeps: indices of blocks that keep their activations; None leaves that to the model's own flags.
         offloads: whether what a recomputed block starts from waits in host memory.
+        loss: what was put on the model itself, if anything.
         kinds: blocks that share compiled code, by what makes them alike.
         flags: by id of a block, whether the model's own flag wants it recomputed, while its owner's forward runs.
     """
@@ -76,6 +78,7 @@ class Plan:
     backend: str | Callable[..., Any] = "inductor"
     cudnn_attention: bool = False
     keeps: frozenset[int] | None = None
+    loss: Patch | None = None
     kinds: dict[Any, Kind] = field(default_factory=dict)
     flags: dict[int, bool] = field(default_factory=dict)
     offloads: bool = False

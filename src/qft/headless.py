@@ -102,6 +102,7 @@ class HeadlessForward(Patch):
             and module.training
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not kwargs.get("fused_lm_head")  # TRL's own, where it wrapped the forward before us
             and (keep is None or (isinstance(keep, int) and keep == 0))
             and kwargs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
             and _plain_loss(module)

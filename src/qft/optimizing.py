@@ -86,11 +86,12 @@ def optimize_training(
     if offload:
         raise UnsupportedOperation("offload='activations' is not available in this version; use memory='least'")
     unoptimize(model)
-    inner = _language_model(model)
+    inner, loss = _language_model(model), None
     if switches.loss != "off":
         reason = why_not(inner)
         if reason is None:
-            HeadlessForward(inner, switches.loss).put_on()
+            loss = HeadlessForward(inner, switches.loss)
+            loss.put_on()
         else:
             _warn(f"the loss is computed from the logits of all tokens: {reason}")
     if not owners:
@@ -102,6 +103,7 @@ def optimize_training(
         cudnn_attention=switches.cudnn_attention,
         keeps=keeps,
         offloads=offload == "activations",
+        loss=loss,
     )
     index = 0
     for owner, members in owners:
@@ -116,6 +118,8 @@ def unoptimize(model: nn.Module) -> nn.Module:
     """Undo `optimize_training`: the model computes what it computed before, to the bit. Without it, nothing happens."""
     for module in model.modules():
         patch = module.__dict__.get("forward")
+        if isinstance(patch, _blocks.BlockForward) and patch.plan.loss is not None:
+            patch.plan.loss.take_off()  # a trainer may have put its own forward on top of it
         if isinstance(patch, Patch):
             patch.take_off()
     return model
