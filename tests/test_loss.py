@@ -10,6 +10,7 @@ from qft import loss as module
 from qft.loss import PROBE, LogitScaling, Targets, linear_cross_entropy, shifted
 
 VOCABULARY, HIDDEN = 131, 24
+PLAIN = LogitScaling()
 SCALINGS = [LogitScaling(), LogitScaling(0.25), LogitScaling(1.0, 5.0), LogitScaling(2.0, 30.0)]
 
 
@@ -23,7 +24,7 @@ def problem(shape=(3, 300), dtype=torch.float32, seed=0, ignored=0.4, device="cp
     return hidden, weight, bias, labels.to(device)
 
 
-def reference(hidden, weight, bias, labels, scaling=LogitScaling(), num_items=None):
+def reference(hidden, weight, bias, labels, scaling=PLAIN, num_items=None):
     """In float64, with all logits."""
     hidden = hidden.detach().double().requires_grad_()
     z = hidden @ weight.double().T * scaling.scale

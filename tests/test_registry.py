@@ -26,8 +26,8 @@ PUBLIC = {
     "unoptimize wrap",
     # what they take and give
     "AWQ AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities EETQ GPTQ HQQ InitReport",
-    "LoftQ MergeReport OLoRA PackedLinear PiSSA QERA QERAFull Quanto QuantizedWeight Quantizer QuantizerInfo",
-    "Reference Statistics TensorQuantizer TorchAO TransferReport",
+    "LoftQ MergeReport OLoRA PackedLinear PackingCollator PiSSA QERA QERAFull Quanto QuantizedWeight Quantizer",
+    "QuantizerInfo Reference Statistics TensorQuantizer TorchAO TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",
     "NoTargets NonFiniteWeights PartlyQuantized QftError QftWarning UnknownQuantizer UnsupportedDevice",

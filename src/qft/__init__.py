@@ -59,6 +59,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
     from qft.optimizing import optimize_training, unoptimize
+    from qft.packing import PackingCollator
 
 __version__ = "0.1.0"
 
@@ -89,6 +90,7 @@ __all__ = [
     "NonFiniteWeights",
     "OLoRA",
     "PackedLinear",
+    "PackingCollator",
     "PartlyQuantized",
     "PiSSA",
     "QERAFull",
@@ -135,6 +137,7 @@ _LAZY = {
     "GPTQ": "qft.backends.gptq",
     "HQQ": "qft.backends.hqq",
     "Quanto": "qft.backends.quanto",
+    "PackingCollator": "qft.packing",
     "Reference": "qft.backends.reference",
     "TorchAO": "qft.backends.torchao",
     "BitsAndBytes4bit": "qft.backends.bnb",

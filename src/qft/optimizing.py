@@ -56,14 +56,14 @@ def optimize_training(
             gradient checkpointing is on, else all. "least": none. "most": all. An integer, or a float from 0.0 to 1.0
             as a share: that many of the last ones, the others are recomputed.
         compute: "bf16" leaves the dtypes of the model and of autocast.
-        offload: None, or "activations": what a recomputed block starts from waits in host memory; on CUDA only.
+        offload: None keeps on the device what a recomputed block starts from.
 
     Returns:
         The same model.
 
     Raises:
         BadOption: an option of another value.
-        UnsupportedOperation: compute="fp8".
+        UnsupportedOperation: compute="fp8", offload="activations".
         UnsupportedDevice: offload="activations" on another device than CUDA.
     """
     owners = _blocks.find_blocks(model)
@@ -102,7 +102,6 @@ def optimize_training(
         backend=switches.backend,
         cudnn_attention=switches.cudnn_attention,
         keeps=keeps,
-        offloads=offload == "activations",
         loss=loss,
     )
     index = 0
