@@ -82,14 +82,15 @@ LABELS = IDS.clone().index_fill_(1, torch.arange(4), -100)
 
 @pytest.fixture(autouse=True)
 def own_switches(monkeypatch):
-    monkeypatch.setattr(optimizing, "switches", optimizing.Switches())
+    """Without a compiler, which takes half a minute a graph on the CPU, unless a test wants it."""
+    monkeypatch.setattr(optimizing, "switches", optimizing.Switches(compile=torch.cuda.is_available()))
     torch._dynamo.reset()
     return optimizing.switches
 
 
 @pytest.fixture
 def compiled(own_switches):
-    """Compiled up to the generated code, which takes half a minute a graph on the CPU: the partitioner runs."""
+    """Compiled up to the generated code: the partitioner runs."""
     own_switches.compile, own_switches.backend = True, "aot_eager"
     return own_switches
 
@@ -258,13 +259,16 @@ def test_without_a_compiler_blocks_run_as_they_are(own_switches, monkeypatch):
 
 
 @pytest.mark.slow
-def test_inductor_on_the_cpu(own_switches):
-    own_switches.compile = True
+def test_inductor_on_the_cpu(monkeypatch):
+    """By default, since it helps there, too."""
+    monkeypatch.setattr(optimizing, "switches", optimizing.Switches())
     model = adapted()
     model.enable_input_require_grads()
     before = step(model)
     qft.optimize_training(model, memory="least")
+    torch._dynamo.utils.counters.clear()
     same_step(model, before, rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # ---- memory --------------------------------------------------------------------------------------------------

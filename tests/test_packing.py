@@ -9,12 +9,19 @@ from test_optimizing import MODELS, step, still
 from transformers import DataCollatorWithFlattening, Trainer
 
 import qft
+from qft import optimizing
 
 LENGTHS = [5, 9, 3, 7]
 ROWS = [batch(seed=i, shape=(1, n))[0].tolist() for i, n in enumerate(LENGTHS)]
 FEATURES = [{"input_ids": row, "labels": row} for row in ROWS]
 COUNT = sum(LENGTHS) - len(LENGTHS)
 APART = [name for name in MODELS if name not in ("opt", "bloom")]
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """test_optimizing.py compiles; here it would take half a minute a graph."""
+    monkeypatch.setattr(optimizing, "switches", optimizing.Switches(compile=False))
 
 
 def alone(model):

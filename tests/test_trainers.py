@@ -9,12 +9,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import qft
+from qft import optimizing
 from qft.lora.layer import QftLinear
 
 Dataset = pytest.importorskip("datasets", reason="pip install datasets").Dataset
 
 SPECS = ["nf4", "int8", "reference", "reference:format=int,bits=3,group_size=32"]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """test_optimizing.py compiles; here it would take half a minute a graph."""
+    monkeypatch.setattr(optimizing, "switches", optimizing.Switches(compile=False))
 
 
 def rows(n=16, length=12):

@@ -21,13 +21,13 @@ class Switches:
 
     Attributes:
         loss: "own" or "liger" kernels for the loss, "auto" for liger-kernel's where it is installed and fits, or "off".
-        compile: True or False; "auto" compiles on CUDA, and on the CPU not.
+        compile: whether blocks are compiled, where there is a compiler for the device.
         backend: of torch.compile.
         cudnn_attention: let torch's scaled dot-product attention prefer cuDNN's kernels while blocks train.
     """
 
     loss: Literal["auto", "own", "liger", "off"] = "auto"
-    compile: bool | Literal["auto"] = "auto"
+    compile: bool = True
     backend: str | Callable[..., Any] = "inductor"
     cudnn_attention: bool = False
 
@@ -155,7 +155,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _compiles(device: torch.device) -> bool:
-    if switches.compile is False or (switches.compile == "auto" and device.type == "cpu"):
+    if not switches.compile:
         return False
     missing = _blocks.no_compiler(device)
     if missing is not None:
