@@ -21,12 +21,13 @@ from qft.registry import parse_spec
 
 PUBLIC = {
     # verbs
-    "audit available_quantizers capabilities export get_quantizer load merge merge_to_float prepare_model_for_kbit_training",
-    "quantize quantize_and_wrap register_init register_quantizer save transfer unmerge wrap",
+    "audit available_quantizers capabilities export get_quantizer load merge merge_to_float optimize_training",
+    "prepare_model_for_kbit_training quantize quantize_and_wrap register_init register_quantizer save transfer unmerge",
+    "unoptimize wrap",
     # what they take and give
     "AWQ AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities EETQ GPTQ HQQ InitReport",
-    "LoftQ MergeReport OLoRA PackedLinear PiSSA QERA QERAFull Quanto QuantizedWeight Quantizer QuantizerInfo",
-    "Reference Statistics TensorQuantizer TorchAO TransferReport",
+    "LoftQ MergeReport OLoRA PackedLinear PackingCollator PiSSA QERA QERAFull Quanto QuantizedWeight Quantizer",
+    "QuantizerInfo Reference Statistics TensorQuantizer TorchAO TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",
     "NoTargets NonFiniteWeights PartlyQuantized QftError QftWarning UnknownQuantizer UnsupportedDevice",

@@ -9,12 +9,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import qft
+from qft import optimizing
 from qft.lora.layer import QftLinear
 
 Dataset = pytest.importorskip("datasets", reason="pip install datasets").Dataset
 
 SPECS = ["nf4", "int8", "reference", "reference:format=int,bits=3,group_size=32"]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """test_optimizing.py compiles; here it would take half a minute a graph."""
+    monkeypatch.setattr(optimizing, "switches", optimizing.Switches(compile=False))
 
 
 def rows(n=16, length=12):
@@ -238,3 +245,90 @@ def test_adalora_vera_and_ia3_over_bitsandbytes(spec, config):
     layers = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if hasattr(m, "source_cls")}
     assert all(torch.equal(layers[n].weight, c) for n, c in codes.items())
     assert not getattr(model, "is_loaded_in_4bit", False) and not getattr(model, "is_loaded_in_8bit", False)
+
+
+# ---- the fast step -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_trainer_over_an_optimized_model(tmp_path, checkpointing):
+    """The same losses as without, evaluation with logits, checkpoints of the adapter alone, and a resume to the bit."""
+
+    def trainer(optimized, folder, metrics=None):
+        torch.manual_seed(0)
+        model = qft.quantize_and_wrap(
+            llama(), "nf4", adapter=LoraConfig(**LORA), progress=False, use_gradient_checkpointing=checkpointing
+        )
+        if optimized:
+            qft.optimize_training(model)
+        args = arguments(tmp_path / folder, gradient_accumulation_steps=2)
+        return Trainer(model, args, train_dataset=rows(), eval_dataset=rows(4), compute_metrics=metrics)
+
+    plain, fast = trainer(False, "plain"), trainer(True, "fast", lambda p: {"shape": p.predictions.shape[-1]})
+    plain.train()
+    fast.train()
+    assert losses(fast) == pytest.approx(losses(plain), rel=1e-4)
+    evaluated = fast.evaluate()
+    assert evaluated["eval_shape"] == 96 and evaluated["eval_loss"] == pytest.approx(
+        plain.evaluate()["eval_loss"], rel=1e-4
+    )
+    saved = {f.name for f in (tmp_path / "fast" / "checkpoint-3").iterdir()}
+    assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
+    resumed = trainer(True, "fast")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "fast" / "checkpoint-3"))
+    assert all(torch.equal(p, adapters(fast.model)[n]) for n, p in adapters(resumed.model).items())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sft_trainer_over_an_optimized_model(tmp_path, tokenizer, when):
+    """TRL computes its loss, its entropy and its token accuracy itself, from hidden states; blocks are ours."""
+
+    def run(when):
+        torch.manual_seed(0)
+        model = qft.quantize_and_wrap(llama(), "nf4", adapter=LoraConfig(**LORA), progress=False)
+        if when == "before":
+            qft.optimize_training(model)
+        trainer = sft(model, tmp_path, tokenizer)
+        if when == "after":
+            qft.optimize_training(trainer.model)
+        trainer.train()
+        return trainer
+
+    plain, fast = run("never"), run(when)
+    assert losses(fast) == pytest.approx(losses(plain), rel=1e-4)
+    accuracy = [
+        [e["mean_token_accuracy"] for e in t.state.log_history if "mean_token_accuracy" in e] for t in (fast, plain)
+    ]
+    assert accuracy[0] == pytest.approx(accuracy[1], abs=0.03) and accuracy[0]
+    qft.unoptimize(fast.model)
+    assert fast.model(input_ids=batch(), labels=batch()).logits is not None
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        "adamw_8bit",
+        pytest.param("paged_adamw_8bit", marks=pytest.mark.gpu),
+        pytest.param("paged_adamw_32bit", marks=pytest.mark.gpu),
+    ],
+)
+def test_optimizers_of_bitsandbytes_keep_float32_masters(tmp_path, optim):
+    """Paged ones need a device to page from. States of 4,096 numbers and more are 8-bit ones."""
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    torch.manual_seed(0)
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    model = qft.quantize_and_wrap(llama(dtype), "nf4", adapter=LoraConfig(**{**LORA, "r": 32}), progress=False)
+    qft.optimize_training(model.cuda() if gpu else model)
+    trainer = Trainer(
+        model, arguments(tmp_path, save_strategy="no", optim=optim, use_cpu=not gpu, bf16=gpu), train_dataset=rows()
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32} and all(p.isfinite().all() for p in trained)
+    if "8bit" in optim:
+        inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        assert any(
+            v.dtype == torch.uint8 for s in inner.state.values() for v in s.values() if isinstance(v, torch.Tensor)
+        )

@@ -58,6 +58,8 @@ if _typing.TYPE_CHECKING:
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
+    from qft.optimizing import optimize_training, unoptimize
+    from qft.packing import PackingCollator
 
 __version__ = "0.1.0"
 
@@ -88,6 +90,7 @@ __all__ = [
     "NonFiniteWeights",
     "OLoRA",
     "PackedLinear",
+    "PackingCollator",
     "PartlyQuantized",
     "PiSSA",
     "QERAFull",
@@ -114,6 +117,7 @@ __all__ = [
     "load",
     "merge",
     "merge_to_float",
+    "optimize_training",
     "prepare_model_for_kbit_training",
     "quantize",
     "quantize_and_wrap",
@@ -123,6 +127,7 @@ __all__ = [
     "testing",
     "transfer",
     "unmerge",
+    "unoptimize",
     "wrap",
 ]
 
@@ -132,11 +137,14 @@ _LAZY = {
     "GPTQ": "qft.backends.gptq",
     "HQQ": "qft.backends.hqq",
     "Quanto": "qft.backends.quanto",
+    "PackingCollator": "qft.packing",
     "Reference": "qft.backends.reference",
     "TorchAO": "qft.backends.torchao",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
+    "optimize_training": "qft.optimizing",
     "testing": "qft.testing",
+    "unoptimize": "qft.optimizing",
 }
 
 

@@ -1,0 +1,202 @@
+"""Next-token loss from hidden states and the output head, without the logits of all tokens.
+
+    z = s · (h Wᵀ + b),  or  c · tanh(s · (h Wᵀ + b) / c);   loss = Σ (logsumexp(z) − z[target]) / n
+
+h is (tokens, hidden), W (vocabulary, hidden). Logits exist for one chunk of tokens at a time. The head is frozen, so that
+the gradient with respect to h, (softmax(z) − onehot) · dz/dh, is known in the forward pass and is all that is kept.
+Tokens without a label are left out before the product.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+CHUNK_BYTES = 1 << 28
+"""Of logits, in the compute dtype: 1,024 tokens of 128,256 in bfloat16."""
+BLOCK_BYTES = 1 << 27
+"""Of float32 temporaries: the softmax takes part of a chunk at a time."""
+
+
+@dataclass(frozen=True)
+class LogitScaling:
+    """What a model does to the head's product: `scale` times it, then cap · tanh(· / cap) where it has a `cap`."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def fit(cls, values: Tensor) -> LogitScaling | None:
+        """Read off what a model made of `PROBE`, or None where it is neither a scale nor a soft cap."""
+        if values.numel() != PROBE.numel():
+            return None
+        probe, seen = PROBE.double().flatten(), values.detach().double().flatten()
+        small = probe.abs() == _SMALL
+        scale = float((seen[small] / probe[small]).mean())
+        if not math.isfinite(scale) or scale == 0:
+            return None
+        if torch.allclose(seen, probe * scale, rtol=1e-5, atol=0):
+            return cls(_rounded(scale))
+        cap = float(seen.max())
+        if cap > 0 and torch.allclose(seen, cap * torch.tanh(probe * scale / cap), rtol=1e-5, atol=0):
+            return cls(_rounded(scale), _rounded(cap))
+        return None
+
+
+_SMALL = 1e-4
+PROBE = torch.tensor([[[-1e6, -40.0, -3.0, -_SMALL, 0.0, _SMALL, 1.0, 17.0, 1e6]]], dtype=torch.float64)
+"""Logits to put into a model's own code in order to see what it does to them, (1, 1, 9)."""
+
+
+def _rounded(value: float) -> float:
+    """The float32 rounding that a model's code may have put in, taken off."""
+    return float(f"{value:.6g}")
+
+
+def shifted(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
+    """(..., tokens) labels → (..., tokens) targets: each token's is its successor's label, the last has none."""
+    return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Flattened targets, (tokens,), and where they are not ignored; `kept` is None where all of them count.
+
+    To know how many these are takes the one synchronisation with the host that a step has.
+    """
+
+    values: Tensor
+    kept: Tensor | None
+
+    @classmethod
+    def of(cls, targets: Tensor, ignore_index: int = IGNORE) -> Targets:
+        values = targets.reshape(-1)
+        kept = (values != ignore_index).nonzero().squeeze(1)
+        return cls(values, kept) if kept.numel() < values.numel() else cls(values, None)
+
+    def __len__(self) -> int:
+        return self.values.numel() if self.kept is None else self.kept.numel()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scaling, wanted):
+        kept, total = targets.kept, hidden.new_zeros((), dtype=torch.float32)
+        grad = None if not wanted else torch.empty_like(hidden) if kept is None else torch.zeros_like(hidden)
+        rows, block = _sizes(weight.shape[0], hidden.element_size(), scaling)
+        for start in range(0, len(targets), rows):
+            at = slice(start, start + rows) if kept is None else kept[start : start + rows]
+            h, t = hidden[at], targets.values[at]
+            logits = torch.nn.functional.linear(h, weight, bias)
+            for low in range(0, len(h), block):
+                total += _block(logits[low : low + block], t[low : low + block], scaling, wanted)
+            if wanted and kept is None:
+                torch.mm(logits, weight, out=grad[at])
+            elif wanted:
+                grad.index_copy_(0, at, logits @ weight)
+            del logits  # before the next chunk's, which would otherwise stand beside it
+        if wanted:
+            ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (grad,) = ctx.saved_tensors
+        return grad * g, None, None, None, None, None
+
+
+def _sizes(vocabulary: int, itemsize: int, scaling: LogitScaling) -> tuple[int, int]:
+    rows = max(256, CHUNK_BYTES // (vocabulary * itemsize) // 128 * 128)
+    block = BLOCK_BYTES // (vocabulary * 4 * (1 if scaling == LogitScaling() else 2))
+    return rows, max(32, block // 32 * 32)
+
+
+def _block(logits: Tensor, targets: Tensor, scaling: LogitScaling, wanted: bool) -> Tensor:
+    """The loss of some tokens, summed; where `wanted`, `logits` (tokens, vocabulary) becomes its gradient."""
+    z, slope = logits, None
+    if scaling.cap is not None:
+        z = logits.float().mul(scaling.scale / scaling.cap).tanh_()
+        slope = z if wanted else None
+        z = z * scaling.cap
+    elif scaling.scale != 1:
+        z = logits.float() * scaling.scale
+    logp = torch.log_softmax(z, dim=-1, dtype=torch.float32)
+    del z
+    at = torch.arange(len(targets), device=targets.device)
+    loss = -logp[at, targets].sum()
+    if wanted:
+        p = logp.exp_()
+        p[at, targets] -= 1
+        if slope is not None:
+            p.mul_(slope.square_().neg_().add_(1))
+        if scaling.scale != 1:
+            p.mul_(scaling.scale)
+        logits.copy_(p)
+    return loss
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | Targets,
+    *,
+    bias: Tensor | None = None,
+    scaling: LogitScaling = LogitScaling(),
+    num_items: Tensor | float | None = None,
+    ignore_index: int = IGNORE,
+    kernel: Literal["auto", "own", "liger"] = "own",
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T + bias` against `targets`, as transformers' `ForCausalLMLoss` after its shift.
+
+    Args:
+        hidden: (..., hidden). Under autocast it and the head are cast to the autocast dtype first.
+        weight: (vocabulary, hidden), frozen: no gradient comes back for it.
+        targets: as many integers as `hidden` has tokens; those equal to `ignore_index` do not count.
+        bias: (vocabulary,) or None, frozen.
+        scaling: what is done to the logits before the softmax, which is taken in float32.
+        num_items: what the summed loss is divided by; None is the number of targets that count.
+        kernel: "own" is the code of this file, "liger" liger-kernel's, "auto" liger-kernel's where it is installed and
+            fits: on CUDA, without a scale.
+
+    Returns:
+        A float32 scalar, differentiable once in `hidden`. NaN where nothing counts and `num_items` is None.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    targets = targets if isinstance(targets, Targets) else Targets.of(targets, ignore_index)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    with torch.autocast(device, enabled=False):
+        liger = _liger(flat, scaling, kernel) if len(targets) else None
+        if liger is None:
+            wanted = flat.requires_grad and torch.is_grad_enabled()
+            total = _LinearCrossEntropy.apply(flat.contiguous(), weight, bias, targets, scaling, wanted)
+        else:
+            values = targets.values
+            if targets.kept is not None:
+                flat, values = flat.index_select(0, targets.kept), values.index_select(0, targets.kept)
+            total = liger(flat, weight, values, bias=bias, reduction="sum", softcap=scaling.cap).float()
+    if num_items is None:
+        return total / len(targets) if len(targets) else total + math.nan
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def _liger(hidden: Tensor, scaling: LogitScaling, kernel: str) -> Any:
+    if kernel == "own" or hidden.device.type != "cuda" or scaling.scale != 1:
+        return None
+    if find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy
