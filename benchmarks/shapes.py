@@ -37,13 +37,19 @@ def random_model(shape: Any, device: str, dtype: torch.dtype = torch.bfloat16, s
     """A model with normal weights of deviation 0.02 and unit norms, the same for a seed and a kind of device."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device(device):
+    with torch.device("meta"):  # transformers would draw all weights, too
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=shape)  # its buffers are computed
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
                 p.normal_(std=STD, generator=generator)
+            else:
+                p.fill_(1.0)
     return model
 
 

@@ -124,6 +124,20 @@ def check(stack: str) -> None:
         raise ValueError(f"no stack {stack!r}: it is one of {', '.join(NAMES)}; qft's take :SPEC, each @all|half|none")
 
 
+def preload(task: Task) -> None:
+    """Import what the stack needs, and leave the device alone."""
+    if task.name in UNSLOTH:
+        return  # it looks at the device when it is imported
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    if task.name in QFT:
+        import qft
+
+        qft.get_quantizer(task.spec or "nf4")
+
+
 def build(task: Task) -> Ready:
     check(task.stack)
     torch.manual_seed(task.seed)

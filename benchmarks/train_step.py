@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ PACKAGES = (
 def main() -> None:
     options = _options()
     if options.worker:
-        Path(options.worker[1]).write_text(json.dumps(_work(json.loads(options.worker[0]))), encoding="utf-8")
+        _serve(*options.worker)
         return
     cells = [(options.batch, options.sequence)]
     if options.lengths:
@@ -65,6 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--lengths", type=lambda s: [int(n) for n in s.split(",")], help=f"sequences, of {TOKENS} tokens"
     )
+    parser.add_argument("--lengths-of", help="stacks for all of the lengths; the others run the first; default all")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
@@ -106,7 +107,7 @@ def parse(texts: Sequence[str]) -> list[str]:
 
 
 def _run(options: argparse.Namespace, names: list[str], cells: list[tuple[int, int]], place: Path) -> None:
-    about = _call({"do": "about", "device": options.device}, place, "", options.timeout)
+    about = _call({"do": "about", "device": options.device}, place, options.timeout)
     if "error" in about:
         sys.exit(about["error"])
     result: dict[str, Any] = {
@@ -121,54 +122,83 @@ def _run(options: argparse.Namespace, names: list[str], cells: list[tuple[int, i
     }
     print(json.dumps(about), flush=True)
     folder = Path(options.keep_folder) if options.keep_folder else place / "model"
-    for batch, sequence in cells:
-        for stack in names:
-            name, _, amount = stack.partition("@")
-            task = stacks.Task(
-                stack,
-                options.shape,
-                options.layers,
-                options.device,
-                options.rank,
-                amount or ("all" if name == "hand" else options.recompute),
-                sequence,
-                options.seed,
-                options.double_quant,
-                str(folder),
-                options.tokenizer,
-            )
-            job = {"task": asdict(task), "batch": batch, "device": options.device}
-            job |= {k: getattr(options, k) for k in ("steps", "warmup", "profile")}
-            row = {"stack": stack, "recompute": task.recompute, "batch": batch, "sequence": sequence}
-            found: dict[str, Any] = {}
-            if task.name in stacks.UNSLOTH and not (folder / "config.json").exists():
-                found = _call({"do": "folder", **job}, place, "", options.timeout)
-            if "error" not in found:
-                found = _call({"do": "step", **job}, place, task.name, options.timeout)
-            result["runs"].append(row | found)
+    every = parse([options.lengths_of]) if options.lengths_of else names
+    jobs = [_job(options, stack, cells if stack in every else cells[:1], folder) for stack in names]
+    following = _start(jobs[0], place, 0)
+    for i, job in enumerate(jobs):
+        ahead, following = following, None
+        task = stacks.Task(**job["task"])
+        found: dict[str, Any] = {}
+        if task.name in stacks.UNSLOTH and not (folder / "config.json").exists():
+            found = _call({**job, "do": "folder"}, place, options.timeout)
+        if i + 1 < len(jobs):
+            following = _start(jobs[i + 1], place, i + 1)  # imports what it needs while this one measures
+        if "error" in found:
+            ahead.kill()
+        else:
+            found = _finish(ahead, place, i, options.timeout)
+        rows = found.get("cells", [])
+        for k, (batch, sequence) in enumerate(job["cells"]):
+            row = {"stack": job["stack"], "recompute": task.recompute, "batch": batch, "sequence": sequence}
+            result["runs"].append(row | (rows[k] if k < len(rows) else found))
             _relate(result)
             _show(result["runs"][-1])
-            if options.out:
-                Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if options.out:
+            Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _call(job: dict[str, Any], place: Path, name: str, timeout: int) -> dict[str, Any]:
-    """What a process of its own found, or its error."""
-    answer = place / "answer.json"
-    answer.unlink(missing_ok=True)
-    command = [sys.executable, os.path.abspath(__file__), "--worker", json.dumps(job), str(answer)]
+def _job(options: argparse.Namespace, stack: str, cells: list[tuple[int, int]], folder: Path) -> dict[str, Any]:
+    name, _, amount = stack.partition("@")
+    task = stacks.Task(
+        stack,
+        options.shape,
+        options.layers,
+        options.device,
+        options.rank,
+        amount or ("all" if name == "hand" else options.recompute),
+        max(sequence for _, sequence in cells),
+        options.seed,
+        options.double_quant,
+        str(folder),
+        options.tokenizer,
+    )
+    job = {"do": "step", "stack": stack, "task": asdict(task), "cells": cells, "device": options.device}
+    return job | {k: getattr(options, k) for k in ("steps", "warmup", "profile")}
+
+
+def _start(job: dict[str, Any], place: Path, index: int) -> subprocess.Popen[str]:
+    """A process for a job, which begins when it is told to."""
+    command = [sys.executable, os.path.abspath(__file__), "--worker", json.dumps(job), str(place / f"{index}.json")]
+    name = stacks.Task(**job["task"]).name if "task" in job else ""
+    log = (place / f"{index}.log").open("w")
+    # its own folder, since some stacks write compiled code into the current one
+    return subprocess.Popen(
+        command, env=stacks.environment(name), cwd=place, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True
+    )
+
+
+def _finish(process: subprocess.Popen[str], place: Path, index: int, timeout: int) -> dict[str, Any]:
+    """Tell it to begin; what it found, or its error, beside what it had found by then."""
+    answer, log = place / f"{index}.json", place / f"{index}.log"
+    problem = None
     try:
-        # its own folder, since some stacks write compiled code into the current one
-        ran = subprocess.run(
-            command, env=stacks.environment(name), cwd=place, capture_output=True, text=True, timeout=timeout
-        )
+        process.communicate("go\n", timeout=timeout)
     except subprocess.TimeoutExpired:
-        return {"error": f"took over {timeout} s"}
-    if ran.returncode == 0 and answer.exists():
-        return json.loads(answer.read_text(encoding="utf-8"))
-    lines = [line for line in (ran.stderr or ran.stdout).splitlines() if line.strip()]
-    last = lines[-1] if lines else f"exit status {ran.returncode}"
-    return {"error": last[:500], "log": "\n".join(lines[-40:])[-6000:]}
+        process.kill()
+        process.wait()
+        problem = f"took over {timeout} s"
+    found = json.loads(answer.read_text(encoding="utf-8")) if answer.exists() else {}
+    if process.returncode == 0 and found:
+        return found
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1] if lines else f"exit status {process.returncode}"
+    return found | {"error": problem or last[:500], "log": "\n".join(lines[-40:])[-6000:]}
+
+
+def _call(job: dict[str, Any], place: Path, timeout: int) -> dict[str, Any]:
+    """What a process of its own found, or its error."""
+    index = sum(1 for _ in place.glob("*.log")) + 1000
+    return _finish(_start(job, place, index), place, index, timeout)
 
 
 def _relate(result: dict[str, Any]) -> None:
@@ -206,28 +236,51 @@ def _show(row: dict[str, Any]) -> None:
 # ---- the process of one stack ------------------------------------------------------------------------------
 
 
-def _work(job: dict[str, Any]) -> dict[str, Any]:
+def _serve(text: str, answer: str) -> None:
+    job = json.loads(text)
+    if job["do"] == "step":
+        stacks.preload(stacks.Task(**job["task"]))
+    sys.stdin.readline()
+
+    def put(found: dict[str, Any]) -> None:
+        Path(answer).write_text(json.dumps(found), encoding="utf-8")
+
     if job["do"] == "about":
-        return _about(job["device"])
-    task = stacks.Task(**job["task"])
-    if job["do"] == "folder":
+        put(_about(job["device"]))
+    elif job["do"] == "folder":
+        task = stacks.Task(**job["task"])
         stacks.write_folder(task, Path(task.folder))
-        return {}
+        put({"done": True})
+    else:
+        _work(job, put)
+
+
+def _work(job: dict[str, Any], put: Callable[[dict[str, Any]], None]) -> None:
+    import torch
+
+    task = stacks.Task(**job["task"])
     ready = stacks.build(task)
-    shape = task.config
-    ids = stepping.token_ids(shape.vocab_size, job["warmup"] + job["steps"], job["batch"], task.sequence, task.seed)
-    found = stepping.measure(ready, ids, job["warmup"], job["device"], job["profile"])
+    shape, rows = task.config, []
+    for batch, sequence in job["cells"]:
+        if rows:
+            torch._dynamo.reset()  # each length compiled for itself, as where it is the only one
+        ids = stepping.token_ids(shape.vocab_size, job["warmup"] + job["steps"], batch, sequence, task.seed)
+        found = stepping.measure(ready, ids, job["warmup"], job["device"], job["profile"] and not rows)
 
-    def flops(recomputed: float) -> float:
-        return stacks.shapes.flops_per_token(shape, task.sequence, task.rank, recomputed)
+        def flops(recomputed: float, sequence: int = sequence) -> float:
+            return stacks.shapes.flops_per_token(shape, sequence, task.rank, recomputed)
 
-    return found | {
-        "seconds": ready.seconds,
-        "trainable": sum(p.numel() for p in ready.model.parameters() if p.requires_grad),
-        "flops_per_token": None if ready.recomputed is None else flops(ready.recomputed),
-        "useful_flops_per_token": flops(0.0),
-        "notes": ready.notes,
-    }
+        rows.append(
+            found
+            | {
+                "seconds": ready.seconds,
+                "trainable": sum(p.numel() for p in ready.model.parameters() if p.requires_grad),
+                "flops_per_token": None if ready.recomputed is None else flops(ready.recomputed),
+                "useful_flops_per_token": flops(0.0),
+                "notes": ready.notes,
+            }
+        )
+        put({"cells": rows})
 
 
 def _about(device: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`optimize_training` changes what a step costs, and nothing else; `unoptimize` leaves no trace."""
 
 import copy
+import importlib
 import io
 import pickle
 import warnings
@@ -677,3 +678,42 @@ def test_quantized_models_on_cuda(spec):
     before = step(model.train())
     qft.optimize_training(model)
     same_step(model, before, rel=0.05)
+
+
+def test_bitsandbytes_waits_once_a_step(monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    module = importlib.import_module("bitsandbytes.optim.optimizer")
+    waits = []
+    own = lambda tensor: waits.append(tensor.shape)  # noqa: E731
+    monkeypatch.setattr(module, "sync_gpu", own)
+    model = qft.quantize_and_wrap(llama(), "nf4", progress=False).train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bnb.optim.AdamW8bit(weights, lr=1e-3)
+
+    def step():
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    step()
+    assert len(waits) == len(weights)
+    qft.optimize_training(model)
+    waits.clear()
+    step()
+    assert len(waits) == 1 and module.sync_gpu is own
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(optimizer, "update_step", lambda *_: 1 / 0)
+        step()
+    waits.clear()
+    step()
+    assert len(waits) == 1 and module.sync_gpu is own
+    other = torch.nn.Linear(64, 64)
+    waits.clear()
+    bnb.optim.AdamW8bit(other.parameters()).step()
+    other.weight.grad, other.bias.grad = torch.ones(64, 64), torch.ones(64)
+    bnb.optim.AdamW8bit(other.parameters()).step()
+    assert len(waits) == 2  # weights of another model
+    qft.unoptimize(model)
+    waits.clear()
+    step()
+    assert len(waits) == len(weights)

@@ -13,6 +13,7 @@ from torch import nn
 from qft import blocks as _blocks
 from qft.errors import BadOption, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.headless import HeadlessForward, Patch, why_not
+from qft.optimizers import wait_as_before, wait_once
 
 
 @dataclass
@@ -46,9 +47,9 @@ def optimize_training(
 
     While the model trains (in `train()` mode, with gradients) its loss comes from hidden states, chunk by chunk, and
     `logits` of the output are None; repeated blocks run as one compiled function each, and what is recomputed in the
-    backward pass is recomputed inside it. Evaluation, generation, and calls without labels run the model's own code.
-    Nothing of this is in the state dict, and `save`, `merge`, pickle and deepcopy work as before. A second call
-    replaces the options of the first.
+    backward pass is recomputed inside it; bitsandbytes' optimizers wait for the device once a step. Evaluation,
+    generation, and calls without labels run the model's own code. Nothing of this is in the state dict, and `save`,
+    `merge`, pickle and deepcopy work as before. A second call replaces the options of the first.
 
     Args:
         model: a model, quantized or not, or a PeftModel over one.
@@ -86,6 +87,7 @@ def optimize_training(
     if offload:
         raise UnsupportedOperation("offload='activations' is not available in this version; use memory='least'")
     unoptimize(model)
+    wait_once(model)
     inner, loss = _language_model(model), None
     if switches.loss != "off":
         reason = why_not(inner)
@@ -115,6 +117,7 @@ def optimize_training(
 
 def unoptimize(model: nn.Module) -> nn.Module:
     """Undo `optimize_training`: the model computes what it computed before, to the bit. Without it, nothing happens."""
+    wait_as_before(model)
     for module in model.modules():
         patch = module.__dict__.get("forward")
         if isinstance(patch, _blocks.BlockForward) and patch.plan.loss is not None:
