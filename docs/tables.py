@@ -23,6 +23,9 @@ NAMES = {
 }
 
 
+OWN = "vendor's forward"
+
+
 def read(name: str) -> dict[str, Any]:
     """A file of figures, without runs that failed."""
     found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
@@ -102,13 +105,74 @@ def seconds() -> str:
     return table(["init", "seconds", "calibration tokens"], rows) + _files("init_8b-h100.json")
 
 
+def backends() -> str:
+    """A line a backend and device, from `benchmarks/backends.py`."""
+    rows = []
+    found = {name: read(name) for name in ("backends-cpu.json", "backends-h100.json")}
+    order = list(dict.fromkeys(r["quantizer"] for f in found.values() for r in f["runs"]))
+    for quantizer in order:
+        for name, file in found.items():
+            for run in (r for r in file["runs"] if r["quantizer"] == quantizer):
+                ppl, merged = run["perplexity"], run.get("merged")
+                lossy = f"{merged['relative_error']:.1e}" if isinstance(merged, dict) else "refused" if merged else ""
+                rows.append(
+                    [
+                        f"`{quantizer}`",
+                        "CPU" if "cpu" in name else "H100",
+                        *(
+                            [f"{run['quantize_s']:.1f}", f"{run['peak_bytes'] / 2**20:.0f}"]
+                            if "quantize_s" in run
+                            else ["", ""]
+                        ),
+                        f"{run['bits_per_weight']:.2f}",
+                        _mean([ppl["plain"]]) + (f" ({ppl[OWN]:.2f})" if OWN in ppl else ""),
+                        _mean([ppl["folded"]]),
+                        *(f"{run[k]:.1e}" if k in run else "" for k in ("gradient_error", "merge_error")),
+                        lossy,
+                        "" if "round_trip" not in run else "exact" if run["round_trip"] is True else "no",
+                    ]
+                )
+    head = ["quantizer", "device", "seconds", "peak MiB", "bits", "perplexity", "folded", "gradients", "to float", "merged",
+            "saved, loaded"]  # fmt: skip
+    return table(head, rows) + _files(*found)
+
+
+def backend_shapes() -> str:
+    rows = [
+        [r["shape"].upper(), f"`{r['quantizer']}`", f"{r['quantize_s']:.1f}", f"{r['float_bytes'] / 2**30:.1f}",
+         f"{r['peak_bytes'] / 2**30:.2f}", f"{r['bits_per_weight']:.2f}", f"{r['calibration_tokens']:,}"]
+        for r in read("backends_shapes-h100.json")["runs"]
+    ]  # fmt: skip
+    head = ["shape", "quantizer", "seconds", "float GiB", "peak beyond, GiB", "bits", "calibration tokens"]
+    return table(head, rows) + _files("backends_shapes-h100.json")
+
+
+def dequantize() -> str:
+    found = json.loads((RESULTS / "dequantize-h100.json").read_text(encoding="utf-8"))
+    rows = []
+    for r in found["rows"]:
+        shape = " × ".join(map(str, r["shape"]))
+        figures = [f"{r['us']:.0f}", f"{r['gb_s']:,.0f}", f"{r['share_of_copy']:.0%}", f"{r['torch_us']:,.0f}"]
+        rows.append([r["packing"], shape, *figures])
+    head = ["packing", "shape", "µs", "GB/s", "share of a copy", "torch code, µs"]
+    return table(head, rows) + _files("dequantize-h100.json")
+
+
 def _files(*names: str) -> str:
     lines = []
     for name in names:
-        found = read(name)
+        found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if k in ("torch", "peft", "bitsandbytes"))
         lines.append(f"`benchmarks/results/{name}`: {found['device']}, {found['date'][:10]}, {versions}")
     return "\n\n" + "; ".join(lines) + "."
 
 
-TABLES: dict[str, Callable[[], str]] = {"starts": starts, "rates": rates, "merges": merges, "seconds": seconds}
+TABLES: dict[str, Callable[[], str]] = {
+    "starts": starts,
+    "rates": rates,
+    "merges": merges,
+    "seconds": seconds,
+    "backends": backends,
+    "backend_shapes": backend_shapes,
+    "dequantize": dequantize,
+}

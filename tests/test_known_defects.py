@@ -1,4 +1,4 @@
-"""The defects of the libraries below that concern bitsandbytes: none of them can be met through qft."""
+"""The defects of the libraries below that concern bitsandbytes, or every backend: none can be met through qft."""
 
 import copy
 
@@ -14,6 +14,17 @@ import qft
 from qft.backends.reference import Reference
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+
+
+EVERY = ["nf4", "int8", "reference", "gptq", "awq", "hqq", "quanto", "eetq", "torchao"]
+
+
+def quantized(spec, dtype=torch.float32):
+    """Widths in multiples of 64, as EETQ has them, and data for who asks for it."""
+    if qft.available_quantizers()[spec].state != "ready":
+        pytest.skip(qft.available_quantizers()[spec].hint)
+    data = batch(3, (8, 20)) if qft.capabilities(spec).needs_calibration else None
+    return qft.quantize(llama(dtype, num_key_value_heads=4), spec, calibration=data, progress=False)
 
 
 def with_adapter(model, **options):
@@ -95,9 +106,9 @@ def test_a_model_that_was_repacked_before_qft_saw_it(tmp_path, double_quant):
 # ---- 7: prepare_model_for_kbit_training upcasts, and leaves checkpointing off ------------------------------
 
 
-@pytest.mark.parametrize("spec", ["nf4", "int8", "reference", "reference:format=int,bits=3,group_size=32"])
+@pytest.mark.parametrize("spec", EVERY)
 def test_prepare_upcasts_nothing_and_recomputes_everywhere(spec):
-    model = qft.quantize(llama(torch.bfloat16), spec, progress=False)
+    model = quantized(spec, torch.bfloat16)
     dtypes = {n: p.dtype for n, p in model.named_parameters()}
     qft.prepare_model_for_kbit_training(model)
     assert {n: p.dtype for n, p in model.named_parameters()} == dtypes
@@ -128,9 +139,9 @@ def test_upcast_all_is_pefts_way():
 # ---- 8: a bitsandbytes model made in memory gets a layer that cannot merge ----------------------------------
 
 
-@pytest.mark.parametrize("spec", ["nf4", "int8"])
+@pytest.mark.parametrize("spec", EVERY)
 def test_quantized_in_memory_it_merges_saves_and_loads(tmp_path, spec):
-    model = train_a_little(with_adapter(qft.quantize(llama(), spec, progress=False)))
+    model = train_a_little(with_adapter(quantized(spec)))
     tuned = logits(model)
     plain = qft.merge_to_float(model)
     assert relative(logits(plain), tuned) < 1e-5
@@ -143,12 +154,12 @@ def test_quantized_in_memory_it_merges_saves_and_loads(tmp_path, spec):
     assert torch.equal(logits(model), tuned)
 
 
-@pytest.mark.parametrize("spec", ["nf4", "int8"])
+@pytest.mark.parametrize("spec", EVERY)
 def test_quantized_in_memory_it_is_saved_as_what_it_is(tmp_path, spec):
     """In-memory models of other tools save "successfully" and reload random weights."""
-    model = qft.quantize(llama(), spec, progress=False)
+    model = quantized(spec)
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again = qft.wrap(qft.quantize(tmp_path, spec, progress=False)).unload().eval()
     expected = qft.merge_to_float(model, dtype=torch.float32)
     assert torch.equal(logits(qft.merge_to_float(again, dtype=torch.float32)), logits(expected))
 
@@ -156,9 +167,9 @@ def test_quantized_in_memory_it_is_saved_as_what_it_is(tmp_path, spec):
 # ---- 9: "all-linear" and mixture-of-experts ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["nf4", "int8", "reference"])
+@pytest.mark.parametrize("spec", EVERY)
 def test_all_linear_finds_every_quantized_layer(spec):
-    model = with_adapter(qft.quantize(llama(), spec, progress=False))
+    model = with_adapter(quantized(spec))
     adapted = {n.partition(".lora_A")[0] for n, _ in model.named_parameters() if "lora_A" in n}
     assert len(adapted) == 14
     assert not any("lm_head" in n for n in adapted)
