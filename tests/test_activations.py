@@ -2,6 +2,7 @@
 
 import _thread
 import gc
+import signal
 import threading
 import time
 import weakref
@@ -576,8 +577,10 @@ def test_data_that_the_model_does_not_take():
 
 
 @pytest.mark.parametrize("where", ["in the first block", "in the second block"])
-def test_an_interrupt_in_the_middle_of_a_pass(where):
+def test_an_interrupt_in_the_middle_of_a_pass(where, request):
     """Ctrl-C reaches the main thread, which waits for the batch; the batch ends, and everything is as it was."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     model, threads = llama().train(), threading.active_count()
 
     def interrupts(module, args):

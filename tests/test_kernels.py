@@ -408,7 +408,7 @@ def test_rounding_with_feedback(order, size, monkeypatch):
     monkeypatch.setattr(launching, "enabled", False)
     twins, twin_scale, twin_zero, twin_owner = run()
     # a rounding tie that falls the other way is carried on by the columns behind it
-    assert (codes != twins).float().mean() < (1e-9 if INTERPRETED else 0.02)
+    assert (codes != twins).float().mean() < 0.02
     assert torch.equal(owner, twin_owner)
 
     def broken(codes, scale, zero):
