@@ -245,6 +245,7 @@ def models(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows += [r for r in earlier if r["quantizer"] not in ("float", *specs)]
     for spec in specs:
         rows.append(_tried(spec, lambda spec=spec: measure(plain, folded, spec, (held, calibration))))
+        rows.sort(key=lambda r: SPECS.index(r["quantizer"]) if r["quantizer"] in SPECS else -1)
         write(options, rows)
     return rows
 
