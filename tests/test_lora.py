@@ -1,6 +1,7 @@
 """The one LoRA layer against plain PEFT over a float copy whose weights are the dequantized ones."""
 
 import copy
+import pickle
 import warnings
 
 import peft
@@ -797,3 +798,25 @@ def test_the_layer_says_what_it_is():
         )
         < 0.12
     )
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_copy_computes_from_its_own_weights(adapted):
+    """Copies, and replicas of DataParallel, whose base layers are replicas, too."""
+    model = qft.quantize(llama(), "reference", progress=False)
+    layer = model.model.layers[0].mlp.up_proj
+    if adapted:
+        layer = qft.wrap(model, LoraConfig(r=4, target_modules="all-linear")).get_submodule(
+            "base_model.model.model.layers.0.mlp.up_proj"
+        )
+    x = torch.randn(3, 64)
+    before = layer(x)
+    replica = layer._replicate_for_data_parallel()
+    replica._parameters = dict(layer._parameters)
+    if adapted:
+        replica._modules["base_layer"] = copy.deepcopy(layer.base_layer)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), replica):
+        base = copied.base_layer if adapted else copied
+        base._parameters["absmax"] = nn.Parameter(base.absmax * 2, requires_grad=False)
+        assert torch.equal(copied(x), 2 * before)
+    assert torch.equal(layer(x), before)

@@ -7,7 +7,6 @@ block, for one. All blocks of one kind share their compiled code: it takes the b
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -67,7 +66,6 @@ class Plan:
 
     Attributes:
         compiles: whether blocks are compiled, with this `backend` of torch.compile.
-        cudnn_attention: whether cuDNN's attention kernels are preferred.
         keeps: indices of blocks that keep their activations; None leaves that to the model's own flags.
         loss: what was put on the model itself, if anything.
         kinds: blocks that share compiled code, by what makes them alike.
@@ -76,7 +74,6 @@ class Plan:
 
     compiles: bool = True
     backend: str | Callable[..., Any] = "inductor"
-    cudnn_attention: bool = False
     keeps: frozenset[int] | None = None
     loss: Patch | None = None
     kinds: dict[Any, Kind] = field(default_factory=dict)
@@ -105,8 +102,7 @@ class BlocksForward(Patch):
         for module in [*flagged, *outside]:
             module.gradient_checkpointing = False
         try:
-            with _preferring_cudnn() if self.plan.cudnn_attention else contextlib.nullcontext():
-                return self.original(*args, **kwargs)
+            return self.original(*args, **kwargs)
         finally:
             for module in [*flagged, *outside]:
                 module.gradient_checkpointing = True
@@ -162,13 +158,6 @@ class BlockForward(Patch):
                 return None
             return flag if keeps is None else self.index not in keeps
         return flags[id(self.module)] if keeps is None else self.index not in keeps
-
-
-def _preferring_cudnn() -> Any:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
-    return sdpa_kernel([getattr(SDPBackend, name) for name in order], set_priority=True)
 
 
 @functools.cache

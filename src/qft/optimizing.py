@@ -24,13 +24,11 @@ class Switches:
         loss: "own" or "liger" kernels for the loss, "auto" for liger-kernel's where it is installed and fits, or "off".
         compile: whether blocks are compiled, where there is a compiler for the device.
         backend: of torch.compile.
-        cudnn_attention: let torch's scaled dot-product attention prefer cuDNN's kernels while blocks train.
     """
 
     loss: Literal["auto", "own", "liger", "off"] = "auto"
     compile: bool = True
     backend: str | Callable[..., Any] = "inductor"
-    cudnn_attention: bool = False
 
 
 switches = Switches()
@@ -102,7 +100,6 @@ def optimize_training(
     plan = _blocks.Plan(
         compiles=_compiles(device),
         backend=switches.backend,
-        cudnn_attention=switches.cudnn_attention,
         keeps=keeps,
         loss=loss,
     )

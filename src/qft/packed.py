@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from qft.errors import BadOption, QftError
 from qft.lora.autograd import lora_linear
-from qft.lora.operator import Source
+from qft.lora.operator import Source, Sourced
 from qft.quantizer import Kind, QuantizedWeight, Quantizer, float_weight, is_conv1d
 
 _RESERVED = {"weight", "bias", "quantizer", "in_features", "out_features", "kind", "dtype"}
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Sourced):
     """A linear layer over packed tensors.
 
     The packed tensors are frozen parameters, so that FSDP shards them; casts such as `model.half()` leave their
@@ -57,11 +57,7 @@ class PackedLinear(nn.Module):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
-        self._source = Source(self, (self.out_features, self.in_features))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._source = Source(self, (self.out_features, self.in_features))
+        self._source = Source(self)
 
     @property
     def packed(self) -> dict[str, Tensor]:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from qft.backends.unquantized import Unquantized
 from qft.lora.autograd import Update, lora_linear
 from qft.lora.merges import Merging, WeightMerge
-from qft.lora.operator import Source
+from qft.lora.operator import Source, Sourced
 from qft.packed import dequantizer
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
 
 
-class QftLinear(Merging, Linear):
+class QftLinear(Sourced, Merging, Linear):
     """LoRA over one weight of any `Quantizer`; see `peft.tuners.lora.layer.Linear` for the parameters.
 
     A group-pooled adapter (`use_qalora`; QA-LoRA, arXiv 2309.14717) sees the mean of each group of G inputs, times
@@ -53,11 +53,7 @@ class QftLinear(Merging, Linear):
         kwargs["is_target_conv_1d_layer"] = False
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = False
-        self._source = self._new_source()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._source = self._new_source()
+        self._source = Source(self)
 
     # ---- the weight --------------------------------------------------------------------------------------
 
@@ -66,12 +62,7 @@ class QftLinear(Merging, Linear):
         """The handle of the base weight, as it stands now."""
         return self.quantizer.weights(self.base_layer)[0]
 
-    def _new_source(self) -> Source:
-        rows, columns = self.handle.shape
-        return Source(self, (rows, columns))
-
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """Ŵ as it stands now, (out_features, in_features) in `dtype`."""
         return self.quantizer.dequantize(self.handle, dtype=dtype)
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qft.lora.products import Layout, backward, bias_gradient, forward, inner
 
@@ -21,18 +21,13 @@ _numbers = itertools.count()
 
 
 class Source:
-    """Ŵ of one layer, by its number. It belongs to its layer: a copy of the layer makes one of its own.
+    """Ŵ of one layer, by its number. It belongs to its layer: a copy of the layer makes one of its own."""
 
-    Args:
-        layer: has a method `dequantized(dtype)` that gives Ŵ, (out_features, in_features) in `dtype`.
-        shape: that of Ŵ.
-    """
-
-    def __init__(self, layer: Any, shape: tuple[int, int]):
+    def __init__(self, layer: Sourced):
         number = next(_numbers)
         _layers[number] = layer
         self.number = torch.tensor(number, device="cpu")
-        self.out_features, self.in_features = shape
+        self.out_features: int = layer.out_features
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
         return _weight(self.number, dtype)
@@ -40,6 +35,26 @@ class Source:
     def __reduce__(self) -> Any:
         # whoever holds a source makes a new one when it is copied or unpickled; one that was forgotten cannot mislead
         return _orphan, ()
+
+
+class Sourced(nn.Module):
+    """A layer with a `Source` of its own, `_source`, made once `out_features` is known; its copies make theirs."""
+
+    out_features: int
+    _source: Source
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """Ŵ as it stands now, (out_features, in_features) in `dtype`."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._source = Source(self)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica._source = Source(replica)
+        return replica
 
 
 def _orphan() -> None:
