@@ -69,10 +69,6 @@ SPECS = (
     "gptq:bits=8",
     "awq:group_size=64",
 )
-SHAPES = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-}
 RUNS = (
     ("1b", "gptq"),
     ("1b", "gptq:desc_act=true"),
@@ -251,7 +247,7 @@ def models(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def shapes(options: argparse.Namespace) -> list[dict[str, Any]]:
-    import quantize_8b
+    import shapes as llama
 
     device, rows = torch.device("cuda"), []
     calibration = torch.randint(0, 128256, (options.samples, 2048), generator=torch.Generator().manual_seed(0))
@@ -260,7 +256,7 @@ def shapes(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
 
         def run(shape: str = shape, spec: str = spec) -> dict[str, Any]:
-            model = quantize_8b.random_model(**SHAPES[shape])
+            model = llama.random_model(llama.config(shape), "cuda")
             before = torch.cuda.memory_allocated()
             with Memory(device) as memory:
                 quantized(model, spec, calibration)

@@ -8,7 +8,7 @@ import gc
 import json
 import time
 
-import quantize_8b
+import shapes
 import smollm
 import torch
 from peft import LoraConfig
@@ -28,7 +28,7 @@ def main() -> None:
     calibration = torch.randint(0, 128256, (options.samples, 512), generator=torch.Generator().manual_seed(0))
     rows = []
     for init in options.inits:
-        model = quantize_8b.random_model(options.layers)
+        model = shapes.random_model(shapes.config("8b", options.layers), "cuda")
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

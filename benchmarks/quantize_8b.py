@@ -10,35 +10,12 @@ import argparse
 import json
 from datetime import date
 
+import shapes
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qft
 
 GIB = 1024**3
-
-
-def shape(layers: int, **other: int) -> LlamaConfig:
-    sizes = {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    }
-    return LlamaConfig(**{**sizes, **other})
-
-
-def random_model(layers: int = 32, **other: int):
-    """bfloat16 on the GPU; `other` are sizes of the config."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape(layers, **other), dtype=torch.bfloat16)
-    model.to_empty(device="cuda")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.02)
-    return model
 
 
 def seconds(run) -> float:
@@ -81,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for _ in range(4):
-        model = random_model(options.layers)
+        model = shapes.random_model(shapes.config("8b", options.layers), "cuda")
         times = kernels(model)
         largest = max(
             m.weight.nbytes for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"

@@ -20,8 +20,6 @@ LABELS = {
     "unsloth": "Unsloth, offloaded checkpoints",
     "unsloth-plain": "Unsloth, plain checkpoints",
     "qft": "qft",
-    "qft-fp8": "qft, fp8 products",
-    "qft-offload": "qft, offloaded checkpoints",
     "qft-plain": "qft without optimize_training",
 }
 

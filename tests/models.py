@@ -16,22 +16,21 @@ from transformers import (
 )
 
 VOCABULARY = 96
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+"""Of a small Llama, and of its like."""
 
 
 def llama(dtype=torch.float32, seed=0, **changes):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            **changes,
-        }
-    )
+    config = LlamaConfig(**{**SIZES, **changes})
     return LlamaForCausalLM(config).to(dtype).eval()
 
 

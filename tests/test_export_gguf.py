@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import refuses
-from models import gpt2, llama, logits, name_of, plain, relative
+from models import SIZES, gpt2, llama, logits, name_of, plain, relative
 from test_export import listing, tuned, weights
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -37,15 +37,7 @@ STRINGS = [
     "I'LL we'Re  \r\n x",
     "",
 ]
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
+SHAPE = {**SIZES, "vocab_size": VOCABULARY}
 
 
 def small_llama(dtype=torch.float32, **changes):

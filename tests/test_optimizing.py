@@ -6,6 +6,7 @@ import io
 import pickle
 import warnings
 
+import models
 import pytest
 import torch
 from helpers import refuses, unchanged
@@ -44,18 +45,7 @@ from qft import optimizing
 from qft.blocks import BlockForward, find_blocks
 from qft.headless import HeadlessForward, Patch
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {**models.SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NEOX = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
 OPT = {**NEOX, "ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0}
 
