@@ -23,7 +23,7 @@ from typing import Any
 import stacks
 import stepping
 
-TOKENS = 8192
+TOKENS = 16384
 """In a step of `--lengths`: batch × sequence."""
 PACKAGES = (
     "torch",

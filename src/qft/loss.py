@@ -10,6 +10,7 @@ Tokens without a label are left out before the product.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -18,11 +19,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qft.lora.products import working_dtype
+
 IGNORE = -100
 CHUNK_BYTES = 1 << 28
 """Of logits, in the compute dtype: 1,024 tokens of 128,256 in bfloat16."""
 BLOCK_BYTES = 1 << 27
 """Of float32 temporaries: the softmax takes part of a chunk at a time."""
+PART_BYTES = 1 << 26
+"""Of the head, where it has to be cast before it is multiplied with."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +95,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scaling, wanted):
         kept, total = targets.kept, hidden.new_zeros((), dtype=torch.float32)
         grad = None if not wanted else torch.empty_like(hidden) if kept is None else torch.zeros_like(hidden)
-        rows, block = _sizes(weight.shape[0], hidden.element_size(), scaling)
+        rows, block = _sizes(weight.shape[0], working_dtype(hidden).itemsize, scaling)
         for start in range(0, len(targets), rows):
             at = slice(start, start + rows) if kept is None else kept[start : start + rows]
             h, t = hidden[at], targets.values[at]
-            logits = torch.nn.functional.linear(h, weight, bias)
+            logits = _logits(h, weight, bias)
             for low in range(0, len(h), block):
                 total += _block(logits[low : low + block], t[low : low + block], scaling, wanted)
             if wanted and kept is None:
-                torch.mm(logits, weight, out=grad[at])
+                _times_head(logits, weight, grad[at])
             elif wanted:
-                grad.index_copy_(0, at, logits @ weight)
+                grad.index_copy_(0, at, _times_head(logits, weight, torch.empty_like(h)))
             del logits  # before the next chunk's, which would otherwise stand beside it
         if wanted:
             ctx.save_for_backward(grad)
@@ -111,6 +116,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, g):
         (grad,) = ctx.saved_tensors
         return grad * g, None, None, None, None, None
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(tokens, vocabulary), in the working dtype of `h`; the head is cast to it a part at a time."""
+    dtype = working_dtype(h)
+    if dtype == weight.dtype == h.dtype:
+        return torch.nn.functional.linear(h, weight, bias)
+    h, logits = h.to(dtype), h.new_empty(len(h), len(weight), dtype=dtype)
+    for at in _parts(weight, dtype):
+        torch.mm(h, weight[at].to(dtype).T, out=logits[:, at])
+    return logits if bias is None else logits.add_(bias)
+
+
+def _times_head(logits: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """`logits` (tokens, vocabulary) times the head, into `out` (tokens, hidden)."""
+    if logits.dtype == weight.dtype == out.dtype:
+        return torch.mm(logits, weight, out=out)
+    total = out.new_zeros(out.shape, dtype=logits.dtype)
+    for at in _parts(weight, logits.dtype):
+        total.addmm_(logits[:, at], weight[at].to(logits.dtype))
+    return out.copy_(total)
+
+
+def _parts(weight: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    rows = max(1, PART_BYTES // (weight.shape[1] * dtype.itemsize))
+    return (slice(start, start + rows) for start in range(0, len(weight), rows))
 
 
 def _sizes(vocabulary: int, itemsize: int, scaling: LogitScaling) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qft.lora.operator import Source, operator
-from qft.lora.products import Layout, backward, bias_gradient, forward, inner
+from qft.lora.products import Layout, backward, bias_gradient, forward, inner, settled
 
 
 class Update(NamedTuple):
@@ -47,9 +47,10 @@ class _LoraLinear(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         tensors, products = saved[: ctx.count], saved[ctx.count :]
         need_x, need_bias = ctx.needs_input_grad[:2]
-        gx, grads = backward(
-            g, x, lambda: ctx.dequantize(x.dtype), tensors, products, ctx.layout, need_x, ctx.needs_input_grad[4:]
-        )
+        with settled(x):
+            gx, grads = backward(
+                g, x, lambda: ctx.dequantize(x.dtype), tensors, products, ctx.layout, need_x, ctx.needs_input_grad[4:]
+            )
         return gx, bias_gradient(g, ctx.bias_dtype) if need_bias else None, None, None, *grads
 
 
@@ -93,6 +94,6 @@ def lora_linear(
     if torch.compiler.is_compiling() and isinstance(dequantize, Source):
         y = operator(flat, dequantize, bias, tensors, layout)
     else:
-        with torch.autocast(device, enabled=False):
+        with settled(x):
             y = _LoraLinear.apply(flat, bias, dequantize, layout, *tensors)
     return y.view(*shape, y.shape[-1])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qft.lora.products import Layout, backward, bias_gradient, forward, inner
+from qft.lora.products import Layout, backward, bias_gradient, forward, inner, settled
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -93,7 +93,8 @@ _library.define(
 @torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")
 def _forward(x, number, out_features, bias, tensors, products, scalings, has_dropped, has_bias):
     layout = Layout(scalings, has_dropped, has_bias)
-    return forward(x.contiguous(), _weight(number, x.dtype), bias, tensors, products, layout)
+    with settled(x):
+        return forward(x.contiguous(), _weight(number, x.dtype), bias, tensors, products, layout)
 
 
 @torch.library.register_fake("qft::lora_linear", lib=_library)
@@ -104,9 +105,10 @@ def _forward_shape(x, number, out_features, bias, tensors, products, scalings, h
 @torch.library.impl(_library, "lora_linear_backward", "CompositeExplicitAutograd")
 def _backward(g, x, number, tensors, products, scalings, has_dropped, has_bias, need_x, needs):
     layout = Layout(scalings, has_dropped, has_bias)
-    gx, grads = backward(
-        g.contiguous(), x.contiguous(), lambda: _weight(number, x.dtype), tensors, products, layout, need_x, needs
-    )
+    with settled(x):
+        gx, grads = backward(
+            g.contiguous(), x.contiguous(), lambda: _weight(number, x.dtype), tensors, products, layout, need_x, needs
+        )
     return [t for t in (gx, *grads) if t is not None]
 
 

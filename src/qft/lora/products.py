@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from qft import kernels
 
 
 class Layout(NamedTuple):
@@ -19,11 +18,32 @@ class Layout(NamedTuple):
     has_bias: Sequence[bool]
 
 
+def _unsupported() -> frozenset[torch.dtype]:
+    """The half precisions that this processor has no instructions for: products in them take up to 60 times as long."""
+    asks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return frozenset(d for d, ask in asks.items() if not getattr(torch.ops.mkldnn, ask, lambda: False)())
+
+
+_UNSUPPORTED = _unsupported()
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What to multiply in: the dtype of `x`, or float32 where that is faster; results are rounded once, at their end."""
+    return torch.float32 if x.device.type == "cpu" and x.dtype in _UNSUPPORTED else x.dtype
+
+
+def settled(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off, where it is on: the dtypes are settled here."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def inner(x: Tensor, tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
-    """xᵢ Aᵢᵀ (n, rank) for each update, in the dtype of `x` (n, in_features)."""
-    found, at = [], 0
+    """xᵢ Aᵢᵀ (n, rank) for each update, in the working dtype of `x` (n, in_features)."""
+    found, at, dtype = [], 0, working_dtype(x)
     for dropped, biased in zip(layout.has_dropped, layout.has_bias, strict=True):
-        found.append((tensors[at + 2] if dropped else x) @ tensors[at].to(x.dtype).T)
+        with settled(x):
+            found.append((tensors[at + 2] if dropped else x).to(dtype) @ tensors[at].to(dtype).T)
         at += 2 + dropped + biased
     return found
 
@@ -37,15 +57,19 @@ def forward(
     layout: Layout,
 ) -> Tensor:
     """y (n, out_features) in the dtype of `x` (n, in_features); `products` are those of `inner`."""
-    dtype, at = x.dtype, 0
-    y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(dtype))
+    dtype, at = working_dtype(x), 0
+    y, beta = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype), 0
     for scaling, dropped, biased, h in zip(*layout, products, strict=True):
-        kernels.add_low_rank(y, h, tensors[at + 1].to(dtype), scaling)
-        at += 2 + dropped
+        y.addmm_(h, tensors[at + 1].to(dtype).T, beta=beta, alpha=scaling)
+        at, beta = at + 2 + dropped, 1
         if biased:
             y.add_(tensors[at].to(dtype), alpha=scaling)
             at += 1
-    return y
+    # the large product comes last, since adding to what is there costs it less than a pass over y for each update
+    y.addmm_(x.to(dtype), weight.to(dtype).T, beta=beta)
+    if bias is not None:
+        y.add_(bias)
+    return y.to(x.dtype)
 
 
 def backward(
@@ -59,28 +83,30 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of x and of the updates' tensors, in the tensors' own dtypes; None where none is needed."""
-    dtype = x.dtype
-    if g.dtype != dtype:
-        g = g.to(dtype)
-    gx = g @ weight() if need_x else None
+    dtype = working_dtype(x)
+    g = g.to(dtype)
+    gx, beta = x.new_empty(x.shape, dtype=dtype) if need_x else None, 0
     grads: list[Tensor | None] = []
     at = 0
     for scaling, dropped, biased, h in zip(*layout, products, strict=True):
         a, b = tensors[at], tensors[at + 1]
-        xi = tensors[at + 2] if dropped else x
+        xi = (tensors[at + 2] if dropped else x).to(dtype)
         needs_a, needs_b, needs_xi = needs[at], needs[at + 1], dropped and needs[at + 2]
         gh = g @ b.to(dtype) if needs_a or needs_xi or need_x else None
         grads.append((gh.T @ xi).mul_(scaling).to(a.dtype) if needs_a and gh is not None else None)
         grads.append((g.T @ h).mul_(scaling).to(b.dtype) if needs_b else None)
         at += 2
         if dropped:
-            grads.append((gh @ a.to(dtype)).mul_(scaling) if needs_xi and gh is not None else None)
+            grads.append((gh @ a.to(dtype)).mul_(scaling).to(x.dtype) if needs_xi and gh is not None else None)
             at += 1
         elif gx is not None and gh is not None:
-            kernels.add_low_rank(gx, gh, a.to(dtype).T, scaling)
+            gx.addmm_(gh, a.to(dtype), beta=beta, alpha=scaling)
+            beta = 1
         if biased:
             grads.append(bias_gradient(g, tensors[at].dtype, scaling) if needs[at] else None)
             at += 1
+    if gx is not None:
+        gx = gx.addmm_(g, weight().to(dtype), beta=beta).to(x.dtype)
     return gx, grads
 
 
