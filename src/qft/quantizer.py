@@ -298,6 +298,13 @@ class Quantizer(ABC):
             )
         return self
 
+    def for_experts(self) -> Quantizer | None:
+        """The `TensorQuantizer` that packs fused experts for this backend, each expert by itself.
+
+        None where there is none, as for methods that calibrate linear layers: experts stay in 16 bit.
+        """
+        return None
+
     def transformers_config(self, skipped: list[str], dtype: torch.dtype | None) -> Any | None:
         """transformers' own config object for a model in this format, where there is one, else None.
 

@@ -99,11 +99,15 @@ class BitsAndBytes4bit(_BitsAndBytes):
     def on_device(self, device: torch.device) -> Quantizer:
         return self if device.type in DEVICES else self.fallback(f"bitsandbytes has no kernels for {device.type!r}")
 
-    def fallback(self, why: str) -> Quantizer:
-        """The reference quantizer with the same codes, and a warning that says why."""
+    def for_experts(self) -> Quantizer:
+        """The reference quantizer: the same codes and constants; bitsandbytes has no layer for experts."""
         from qft.backends.reference import Reference
 
-        other = Reference(format=self.quant_type, group_size=self.block_size, double_quant=self.double_quant)
+        return Reference(format=self.quant_type, group_size=self.block_size, double_quant=self.double_quant)
+
+    def fallback(self, why: str) -> Quantizer:
+        """The reference quantizer with the same codes, and a warning that says why."""
+        other = self.for_experts()
         warnings.warn(f"{why}: using {other!r}, the same codes in pure PyTorch", QftWarning, stacklevel=4)
         return other
 
@@ -315,6 +319,12 @@ class BitsAndBytes8bit(_BitsAndBytes):
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(bits=8, devices=DEVICES, requantize=True, exact_forward=False)
+
+    def for_experts(self) -> Quantizer:
+        """quanto's int8, a scale a row as here, in the weight's dtype; bitsandbytes has no layer for experts."""
+        from qft.backends.quanto import Quanto
+
+        return Quanto(format="int8")
 
     @classmethod
     def recognise(cls, module: nn.Module) -> BitsAndBytes8bit | None:
