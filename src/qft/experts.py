@@ -194,7 +194,9 @@ def put_stack(model: nn.Module, name: str, stack: PackedExperts) -> None:
     module._modules[last] = stack
 
 
-def pack_parameter(model: nn.Module, name: str, quantizer: TensorQuantizer, value: Tensor | None = None) -> PackedExperts:
+def pack_parameter(
+    model: nn.Module, name: str, quantizer: TensorQuantizer, value: Tensor | None = None
+) -> PackedExperts:
     """Pack the fused float parameter of that name and put it in its place.
 
     Args:
@@ -212,14 +214,15 @@ def pack_parameter(model: nn.Module, name: str, quantizer: TensorQuantizer, valu
     return stack
 
 
-def float_experts(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+def float_experts(module: nn.Module, weights: Mapping[str, Tensor], memo: Mapping[int, Any] | None = None) -> nn.Module:
     """A copy of a packed experts module with float parameters, in the order that they had.
 
     Args:
         weights: the floats by name, in the parameters' own shapes.
+        memo: for the copy of everything else, as `copy.deepcopy` takes it.
     """
     kept = stacks(module)
-    new = copy.deepcopy(module, {id(s): None for s in kept.values()})
+    new = copy.deepcopy(module, {**(memo or {}), **{id(s): None for s in kept.values()}})
     order = new.__dict__.pop("forward").order
     parameters = {**new._parameters, **{n: nn.Parameter(weights[n], requires_grad=False) for n in kept}}
     for name in kept:
@@ -258,7 +261,9 @@ class ExpertsForward:
     def _compute(self, hidden_states: Tensor, index: Tensor, scores: Tensor) -> Tensor:
         module = self.module
         if getattr(module, "_is_expert_parallel", False):
-            raise UnsupportedOperation("packed experts are not split over devices: load the model without expert parallelism")
+            raise UnsupportedOperation(
+                "packed experts are not split over devices: load the model without expert parallelism"
+            )
         x, count = hidden_states.reshape(-1, hidden_states.shape[-1]), module.num_experts
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

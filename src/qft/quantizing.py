@@ -27,8 +27,8 @@ from qft.errors import (
     QftWarning,
     UnsupportedDevice,
 )
-from qft.loading import Plan, load_quantized, stored_quantization
 from qft.experts import as_stack, pack_parameter, packed_weights
+from qft.loading import Plan, load_quantized, stored_quantization
 from qft.quantizer import OnWeight, Quantizer, code_options
 from qft.registry import Spec, parse_spec, quantizer_of
 from qft.selection import Selection, check_finite, select, settle, target_weights
@@ -239,7 +239,9 @@ def _quantize_in_memory(
     doubts: dict[str, str] = {}
     with (
         closing(groups),
-        _all_or_marked(model, record, f"{len(selection.targets) + len(selection.stacks)} layers were to be quantized", one_by_one),
+        _all_or_marked(
+            model, record, f"{len(selection.targets) + len(selection.stacks)} layers were to be quantized", one_by_one
+        ),
     ):
         for group in groups:
             for q, names in _by_quantizer(selection.targets, group.names).items():
