@@ -192,6 +192,8 @@ def put_stack(model: nn.Module, name: str, stack: PackedExperts) -> None:
     module._parameters.pop(last)
     stack.train(module.training)
     module._modules[last] = stack
+    for key in stacks(module):  # in the order of definition, whichever came first: adapters are nested by it
+        module._modules[key] = module._modules.pop(key)
 
 
 def pack_parameter(

@@ -239,7 +239,8 @@ def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Te
     for key, value in base.state_dict().items():
         if ".lora_" in f".{key}" or ".modules_to_save." in key:
             continue
-        state[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = value
+        parts = [p for p in key.split(".") if p not in ("base_layer", "original_module")]
+        state[".".join(parts)] = value
     if stored:
         for name, module in bare_layers(base):
             names = module.quantizer.stored_names if isinstance(module, PackedLinear) else {}

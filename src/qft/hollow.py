@@ -56,9 +56,10 @@ class HollowModel:
     @property
     def report(self) -> MergeReport:
         """Of the layers that were merged so far, in the model's order."""
-        order = dict.fromkeys(name for name, _, _ in self._layers.values())
-        found = self._floats.weights
-        self._report.weights = {name: found[name] for name in order if name in found}
+        order = {name: i for i, (name, _, _) in enumerate(self._layers.values())}
+        found = self._floats.weights  # of layers by their names, of fused experts by the names of their parameters
+        place = {name: order.get(name, order.get(name.rpartition(".")[0], -1)) for name in found}
+        self._report.weights = {name: found[name] for name in sorted(found, key=place.__getitem__)}
         return self._report
 
     def _build(self) -> nn.Module:
