@@ -104,6 +104,9 @@ class QftExperts(Merging, ParamWrapper):
             )
         return value
 
+    def _group_shift(self, names: list[str], handle: QuantizedWeight) -> Tensor | None:
+        return None
+
     def merged_bias(self, adapter_names: list[str]) -> Tensor | None:
         return None
 
