@@ -392,6 +392,19 @@ def test_a_packed_model_reloads(builder, spec, tmp_path):
     assert torch.equal(logits(qft.load(tmp_path / "tuned")), logits(wrapped))
 
 
+@pytest.mark.parametrize("spec", ["nf4", "nf4:double_quant=true", "int8"])
+def test_bitsandbytes_mixtures_are_stored_packed(spec, tmp_path, recwarn):
+    """Its own files have no place for packed experts: its layers are stored with the same codes, as the experts are."""
+    model = qft.quantize_and_wrap(qwen3_moe(), spec, adapter=config(), init=qft.LoftQ(steps=2), progress=False)
+    qft.save(fill(model), tmp_path)  # the base with it, which is not q(W)
+    again = qft.load(tmp_path)
+    assert not [w for w in recwarn if issubclass(w.category, qft.QftWarning) and "another" in str(w.message)]
+    assert relative(logits(again), logits(model)) < 1e-6
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.warns(qft.QftWarning, match="nothing to do"):
+        quantize(tmp_path / "base", spec, device="cpu")
+
+
 @pytest.mark.parametrize("spec", ["nf4", "int8", "torchao:format=int8", "reference"])
 @pytest.mark.parametrize("builder", MOES.values(), ids=MOES)
 def test_adapters_reload_and_go_to_plain_peft_and_back(builder, spec, tmp_path):

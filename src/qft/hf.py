@@ -20,7 +20,7 @@ from qft.errors import (
     QftError,
 )
 from qft.experts import PackedExperts, put_stack
-from qft.packed import PackedLinear, PackedModule, TensorQuantizer
+from qft.packed import PackedLinear, PackedModule
 from qft.quantizer import Quantizer, is_conv1d, replace_module
 from qft.registry import converted, get_quantizer, quantizer_of
 
@@ -102,6 +102,8 @@ class QftHfQuantizer(HfQuantizer):
         # whatever state dict save_pretrained was given, it takes this one
         own = isinstance(self.quantization_config, QftConfig)
         state = bare_state_dict(model, stored=not own)
+        if own:
+            _store_packed(model, state)
         layers = {} if own else {n: m for n, m in bare_layers(model) if quantizer_of(m) is not None}
         metadata: dict[str, str] = {}
         for quantizer in dict.fromkeys(quantizer_of(m) for m in layers.values()):
@@ -113,7 +115,7 @@ class QftHfQuantizer(HfQuantizer):
         record = marks.record_of(model)
         if record is None or not isinstance(self.quantization_config, QftConfig):
             return
-        now = describe_packed(bare_layers(model))
+        now = describe_packed(_as_packed(model).items())
         for config in (self.quantization_config, getattr(model.config, "quantization_config", None)):
             if isinstance(config, QftConfig):
                 config.quantizers, config.templates = now.quantizers, now.templates
@@ -233,6 +235,28 @@ def describe_packed(layers: Iterable[tuple[str, nn.Module]]) -> QftConfig:
     return QftConfig(quantizers, templates, described, experts)
 
 
+def _as_packed(model: nn.Module) -> dict[str, nn.Module]:
+    """The quantized layers of a model by their bare names, as packed modules where they have such a form.
+
+    Backends with layers of their own are asked for it in a model with packed experts, which their files cannot hold.
+    """
+    layers = {n: m for n, m in bare_layers(model) if quantizer_of(m) is not None and not hasattr(m, "base_layer")}
+    if not any(isinstance(m, PackedExperts) for m in layers.values()):
+        return layers
+    packed = {n: m if isinstance(m, PackedModule) else quantizer_of(m).as_packed(m) for n, m in layers.items()}
+    return {n: m if m is not None else layers[n] for n, m in packed.items()}
+
+
+def _store_packed(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put the packed form of layers of a backend's own in the place of what they keep."""
+    layers = dict(bare_layers(model))
+    for name, packed in _as_packed(model).items():
+        if packed is not layers[name] and isinstance(packed, PackedModule):
+            for key in [k for k in state if k.startswith(f"{name}.") and k != f"{name}.bias"]:
+                del state[key]
+            state |= {f"{name}.{key}": tensor.detach() for key, tensor in packed.packed.items()}
+
+
 def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Tensor]:
     """Parameters by the names that they have without adapters; with `stored`, by those of the backend's own format."""
     state = {}
@@ -272,8 +296,9 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
             _unquantized_linears(model),
             getattr(model, "dtype", None),
         )
-    if described is None and all(isinstance(q, TensorQuantizer) for q in quantizers):
-        described = describe_packed(bare_layers(model))
+    layers = _as_packed(model) if described is None else {}
+    if described is None and all(isinstance(m, PackedModule) for m in layers.values()):
+        described = describe_packed(layers.items())
         described.qft_serializable = all(q.capabilities.serializable for q in quantizers)
     if described is None:
         described = QftConfig(quantizers)

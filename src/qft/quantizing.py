@@ -349,9 +349,10 @@ def _already(model: nn.Module, record: marks.Record, spec: Spec) -> nn.Module:
     from fnmatch import fnmatchcase
 
     asked = {n: next((q for p, q in spec.quantizers.items() if fnmatchcase(n, p)), None) for n in record.quantizers}
-    experts = {name for name, _ in packed_weights(marks.base_model(model))}
-    asked |= {n: q.for_experts() for n, q in asked.items() if n in experts and q is not None}
-    other = next((n for n, q in record.quantizers.items() if not _same(q, asked[n])), None)
+    # experts, and what was stored with them, are in the format that stands for the asked one
+    mixture = any(True for _ in packed_weights(marks.base_model(model)))
+    twins = {n: q.for_experts() if q is not None and mixture else None for n, q in asked.items()}
+    other = next((n for n, q in record.quantizers.items() if not _same(q, asked[n]) and not _same(q, twins[n])), None)
     if other is not None:
         raise AlreadyQuantized(
             f"{other} is quantized already, with {record.quantizers[other]!r}, and {asked[other]!r} was asked for: "
