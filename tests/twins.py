@@ -39,9 +39,10 @@ def quantized(model):
 def dequantized_copy(model, float_model):
     """`float_model` with the weights that the quantized `model` computes with."""
     for name, _, quantizer, handle in quantized(model):
-        target = float_model.get_submodule(name).weight
+        name, fused = name.replace(".base_layer", ""), handle.kind == "experts"
+        target = float_model.get_parameter(name if fused else f"{name}.weight")
         value = quantizer.dequantize(handle, dtype=target.dtype)
-        target.copy_(value.T if handle.transposed else value)
+        target.copy_(value.mT if handle.transposed else value)
     return float_model
 
 

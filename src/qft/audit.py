@@ -16,6 +16,7 @@ from qft.activations import collect
 from qft.audit_errors import QuantizedLayer, check_forward, has_own_inputs, quantized_layers, weight_errors
 from qft.calibration import batches
 from qft.errors import BadOption
+from qft.experts import PackedExperts
 from qft.originals import Originals
 from qft.registry import quantizer_of
 from qft.statistics import Statistics
@@ -204,15 +205,18 @@ def audit(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
     else:
         check_forward(model, base)
         read = batches(data, tokenizer, model=base)
+        reading = [n for n, layer in layers.items() if not isinstance(layer.module, PackedExperts)]
         kinds = {
             n: "full" if originals is not None and has_own_inputs(layer) else "diagonal" for n, layer in layers.items()
         }
         found: dict[str, dict[str, WeightAudit]] = {}
-        with contextlib.closing(collect(base, list(layers), read, kinds)) as groups:  # type: ignore[type-var, arg-type]
+        with contextlib.closing(collect(base, reading, read, kinds)) as groups:  # type: ignore[type-var, arg-type]
             for group in groups:
                 for name in group.names:
                     read_here = group.statistics.pop(name, None)
                     found[name] = _measured(name, layers[name], originals, read_here, group.broken.get(name))
+        for name in layers.keys() - reading:  # fused experts have no inputs of their own
+            found[name] = _measured(name, layers[name], originals)
         for name in layers:  # in the model's order, not in that of the blocks
             result.weights.update(found[name])
     result.merges = _merges(layers)

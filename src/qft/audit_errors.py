@@ -23,23 +23,34 @@ class QuantizedLayer:
 
     def active(self) -> list[str]:
         """LoRA adapters that the layer computes with beside its weight."""
-        from qft.lora.layer import QftLinear
+        from qft.lora.merges import Merging
 
         outer = self.around
-        if not isinstance(outer, QftLinear) or outer.merged or outer.disable_adapters:
+        if not isinstance(outer, Merging) or outer.merged or outer.disable_adapters:
             return []
         return [a for a in outer.active_adapters if a in outer.lora_A]
 
 
 def quantized_layers(base: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers by the names that they have without adapters."""
-    found = {}
+    from qft.lora.experts import adapted_weights
+
+    found, around = {}, dict(adapted_weights(base))
     for full_name, module in base.named_modules():
         quantizer = quantizer_of(module)
         if quantizer is not None and not hasattr(module, "base_layer"):
-            name = full_name.removesuffix(".base_layer")
-            found[name] = QuantizedLayer(module, quantizer, base.get_submodule(name) if name != full_name else None)
+            name = full_name.replace(".base_layer", "")
+            outer = None
+            if name != full_name:
+                outer = around[name] if name in around else _around(base, full_name)
+            found[name] = QuantizedLayer(module, quantizer, outer)
     return found
+
+
+def _around(base: nn.Module, full_name: str) -> nn.Module | None:
+    """Another tuner's layer around this one, such as AdaLoRA's."""
+    name = full_name.removesuffix(".base_layer")
+    return base.get_submodule(name) if name != full_name else None
 
 
 def check_forward(model: nn.Module, base: nn.Module) -> None:

@@ -89,7 +89,8 @@ def summary(audit: Audit) -> str:
         total = sum(audit.experts.values())
         lines.append(
             f"  ATTENTION: {len(audit.experts)} fused expert weights stay in 16 bit, {size(total)} "
-            f"({next(iter(audit.experts))}, ...): no backend of this version quantizes them"
+            f"({next(iter(audit.experts))}, ...): this quantizer packs no experts, or skip= leaves them; nf4, int8, hqq and "
+            "other backends that need no calibration pack them"
         )
     if audit.warnings:
         lines.append(

@@ -15,8 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from qft.backends.unquantized import Unquantized
 from qft.errors import NonFiniteWeights, QftWarning, UnsupportedDevice, UnsupportedOperation
+from qft.experts import as_stack, float_experts, stacks
 from qft.hf import unmark
+from qft.lora.experts import QftExperts, chain
 from qft.lora.layer import QftLinear
 from qft.lora.merges import WeightMerge, compare_merge
 from qft.originals import Originals
@@ -50,6 +53,8 @@ class FloatLayers:
         """
         if isinstance(module, QftLinear):
             return self._merged(module, name)
+        if isinstance(module, QftExperts) or stacks(module):
+            return self._experts(module, name)
         if isinstance(module, ModulesToSaveWrapper):
             active = None if module.disable_adapters or not module.active_adapters else module.active_adapters[0]
             return copy.deepcopy(module.modules_to_save[active] if active else module.original_module)
@@ -68,27 +73,50 @@ class FloatLayers:
         handle = quantizer.weights(module)[0]
         return self._layer(quantizer, handle, self._original(name, quantizer.dequantize(handle, dtype=torch.float32)))
 
+    def _experts(self, module: nn.Module, name: str) -> nn.Module:
+        """The experts module with float parameters."""
+        around = {layer.parameter_name: layer for layer in chain(module)}
+        base = module.get_base_layer() if isinstance(module, QftExperts) else module
+        weights = {}
+        for key, stack in stacks(base).items():
+            value, figures = self._value(around.get(key), stack.quantizer, stack.handle, f"{name}.{key}")
+            dtype = self.dtype or stack.dtype
+            if value.numel() and float(value.abs().max()) > torch.finfo(dtype).max:
+                raise NonFiniteWeights(f"a merged weight is too large for {dtype}; dtype=torch.float32 holds it")
+            stored = value.to(dtype, copy=True)
+            if figures is not None:
+                self.weights[f"{name}.{key}"] = compare_merge(*figures, stored.float())
+            weights[key] = as_stack(stored, stack.transposed).contiguous()
+        return float_experts(base, weights)
+
     def _merged(self, module: QftLinear, name: str) -> nn.Module:
-        names = module.merged_adapters or [a for a in module.active_adapters if a in module.lora_A]
-        names = [] if module.disable_adapters else list(names)
-        if module.merged and (module.disable_adapters or self.originals is not None):
-            module = copy.deepcopy(module)
-            module.unmerge()
-        elif module.merged:
-            names = []  # the base weight holds the adapters, as they survived
-        handle = module.handle
-        before = module.quantizer.dequantize(handle, dtype=torch.float32)
-        quantized = quantizer_of(module.base_layer) is not None
-        source = self._original(name, before) if quantized else before
-        if not names:
-            return self._layer(module.quantizer, handle, source)
-        tuned = wanted = module.merged_weight(names, before)
-        if source is not before:
-            wanted = module.merged_weight(names, source, learnt=True)
-        new = self._layer(module.quantizer, handle, wanted, module.merged_bias(names))
+        quantizer, handle = module.quantizer, module.handle
+        value, figures = self._value(module, quantizer, handle, name)
+        if figures is None:
+            return self._layer(quantizer, handle, value)
+        new = self._layer(quantizer, handle, value, module.merged_bias(_names(module)))
         after = new.weight.T if handle.transposed else new.weight
-        self.weights[name] = compare_merge(before, tuned, after.float())
+        self.weights[name] = compare_merge(*figures, after.float())
         return new
+
+    def _value(
+        self, layer: Any, quantizer: Quantizer, handle: QuantizedWeight, name: str
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The float weight with what `layer` adds to it, and Ŵ and Ŵ + Δ where it adds anything."""
+        names = [] if layer is None else _names(layer)
+        if layer is not None and layer.merged and (layer.disable_adapters or self.originals is not None):
+            layer = _unmerged(layer)
+            handle = layer.handle
+        elif layer is not None and layer.merged:
+            names = []  # the base weight holds the adapters, as they survived
+        before = quantizer.dequantize(handle, dtype=torch.float32)
+        source = before if isinstance(quantizer, Unquantized) else self._original(name, before)
+        if not names:
+            return source, None
+        tuned = wanted = layer.merged_weight(names, before)
+        if source is not before:
+            wanted = layer.merged_weight(names, source, learnt=True)
+        return wanted, (before, tuned)
 
     def _original(self, name: str, quantized: Tensor) -> Tensor:
         return quantized if self.originals is None else self.originals.like(name, quantized)
@@ -110,6 +138,18 @@ class FloatLayers:
             new.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
         new.train(handle.module.training)
         return new
+
+
+def _names(layer: Any) -> list[str]:
+    """The adapters that count: those that are merged, or else the active ones."""
+    names = layer.merged_adapters or [a for a in layer.active_adapters if a in layer.lora_A]
+    return [] if layer.disable_adapters else list(names)
+
+
+def _unmerged(layer: Any) -> Any:
+    twin = copy.deepcopy(layer)
+    twin.unmerge()
+    return twin
 
 
 def empty_layer(handle: QuantizedWeight, dtype: torch.dtype | None, bias: bool) -> nn.Module:
@@ -235,6 +275,9 @@ def float_bytes(base: nn.Module, dtype: torch.dtype | None) -> Counter[torch.dev
             total[device] += (math.prod(handle.shape) + bias) * (dtype or handle.dtype).itemsize
         elif isinstance(module, ModulesToSaveWrapper):
             add(module.original_module.parameters())
+        elif isinstance(module, QftExperts):
+            inside.update(id(m) for group in (module.lora_A, module.lora_B) for m in group.modules())
+            continue
         elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             add(p for n, p in module.named_parameters() if "base_layer" in n or "original_module" in n)
         else:
@@ -248,6 +291,8 @@ def float_bytes(base: nn.Module, dtype: torch.dtype | None) -> Counter[torch.dev
 def _handle(module: nn.Module) -> QuantizedWeight | None:
     if isinstance(module, QftLinear):
         return module.handle
+    if isinstance(module, QftExperts):
+        return None
     quantizer = quantizer_of(module)
     return None if quantizer is None else quantizer.weights(module)[0]
 

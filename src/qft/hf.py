@@ -19,7 +19,8 @@ from qft.errors import (
     BadFolder,
     QftError,
 )
-from qft.packed import PackedLinear, TensorQuantizer
+from qft.experts import PackedExperts, put_stack
+from qft.packed import PackedLinear, PackedModule
 from qft.quantizer import Quantizer, is_conv1d, replace_module
 from qft.registry import converted, get_quantizer, quantizer_of
 
@@ -35,13 +36,18 @@ class QftConfig(QuantizationConfigMixin):
         templates: shapes and dtypes of the packed tensors, by quantizer index, weight shape and dtype.
         layers: layer name → [quantizer index, out_features, in_features, kind, dtype]; and the key of its template
             where its packed tensors differ from those of other such layers, as after an exact merge.
+        experts: name of a fused expert weight → [quantizer index, experts, out_features, in_features, transposed, dtype,
+            key of its template], which is of the stacked tensors.
     """
 
-    def __init__(self, quantizers: Any = (), templates: Any = None, layers: Any = None, **kwargs: Any):
+    def __init__(
+        self, quantizers: Any = (), templates: Any = None, layers: Any = None, experts: Any = None, **kwargs: Any
+    ):
         self.quant_method = METHOD
         self.quantizers = list(quantizers)
         self.templates = templates or {}
         self.layers = layers or {}
+        self.experts = experts or {}
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -49,6 +55,7 @@ class QftConfig(QuantizationConfigMixin):
             "quantizers": [q.to_dict() if isinstance(q, Quantizer) else q for q in self.quantizers],
             "templates": self.templates,
             "layers": self.layers,
+            **({"experts": self.experts} if self.experts else {}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -95,6 +102,8 @@ class QftHfQuantizer(HfQuantizer):
         # whatever state dict save_pretrained was given, it takes this one
         own = isinstance(self.quantization_config, QftConfig)
         state = bare_state_dict(model, stored=not own)
+        if own:
+            _store_packed(model, state)
         layers = {} if own else {n: m for n, m in bare_layers(model) if quantizer_of(m) is not None}
         metadata: dict[str, str] = {}
         for quantizer in dict.fromkeys(quantizer_of(m) for m in layers.values()):
@@ -106,10 +115,11 @@ class QftHfQuantizer(HfQuantizer):
         record = marks.record_of(model)
         if record is None or not isinstance(self.quantization_config, QftConfig):
             return
-        now = describe_packed(bare_layers(model))
+        now = describe_packed(_as_packed(model).items())
         for config in (self.quantization_config, getattr(model.config, "quantization_config", None)):
             if isinstance(config, QftConfig):
-                config.quantizers, config.templates, config.layers = now.quantizers, now.templates, now.layers
+                config.quantizers, config.templates = now.quantizers, now.templates
+                config.layers, config.experts = now.layers, now.experts
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return self.plan is not None and self.plan.wants(param_name)
@@ -135,7 +145,7 @@ class QftHfQuantizer(HfQuantizer):
                 if isinstance(module, PackedLinear) and not module._first.is_meta:
                     module.quantizer.loaded(name, module)
             quantizers: dict[str, Quantizer] = {
-                n: m.quantizer for n, m in model.named_modules() if isinstance(m, PackedLinear)
+                n: m.quantizer for n, m in model.named_modules() if isinstance(m, PackedModule)
             }
             mark(model, marks.Record(quantizers=quantizers))
         return model
@@ -176,6 +186,16 @@ def _build_packed_layers(model: nn.Module, config: QftConfig) -> None:
             )
             layer._is_hf_initialized = True
             replace_module(model, name, layer)
+        for name, (index, *shape, transposed, dtype, key) in config.experts.items():
+            packed = {
+                n: torch.empty(size, dtype=getattr(torch, dt), device="meta")
+                for n, (size, dt) in config.templates[key].items()
+            }
+            parent_name, _, last = name.rpartition(".")
+            dtype = model.get_submodule(parent_name)._parameters[last].dtype
+            stack = PackedExperts(quantizers[index], packed, tuple(shape), dtype, transposed)
+            stack._is_hf_initialized = True
+            put_stack(model, name, stack)
     except QftError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -189,25 +209,52 @@ def _freeze_biases(model: nn.Module) -> None:
 
 
 def describe_packed(layers: Iterable[tuple[str, nn.Module]]) -> QftConfig:
-    """The config of a model with these layers by name, of which the `PackedLinear`s are its quantized ones."""
+    """The config of a model with these layers by name, of which the packed modules are its quantized ones."""
     quantizers: list[Quantizer] = []
     templates: dict[str, Any] = {}
     described: dict[str, list[Any]] = {}
+    experts: dict[str, list[Any]] = {}
     for name, module in layers:
-        if not isinstance(module, PackedLinear):
+        if not isinstance(module, PackedModule):
             continue
         if module.quantizer not in quantizers:
             quantizers.append(module.quantizer)
         index = quantizers.index(module.quantizer)
         dtype = str(module.dtype).removeprefix("torch.")
-        described[name] = [index, module.out_features, module.in_features, module.kind, dtype]
         template = {k: [list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in module.packed.items()}
-        key = common = f"{index}:{module.out_features}x{module.in_features}:{dtype}"
+        shape = module.handle.shape
+        key = common = f"{index}:{'x'.join(map(str, shape))}:{dtype}"
         while templates.setdefault(key, template) != template:
             key += "+"
+        if isinstance(module, PackedExperts):
+            experts[name] = [index, *shape, module.transposed, dtype, key]
+            continue
+        described[name] = [index, *shape, module.kind, dtype]
         if key != common:
             described[name].append(key)
-    return QftConfig(quantizers, templates, described)
+    return QftConfig(quantizers, templates, described, experts)
+
+
+def _as_packed(model: nn.Module) -> dict[str, nn.Module]:
+    """The quantized layers of a model by their bare names, as packed modules where they have such a form.
+
+    Backends with layers of their own are asked for it in a model with packed experts, which their files cannot hold.
+    """
+    layers = {n: m for n, m in bare_layers(model) if quantizer_of(m) is not None and not hasattr(m, "base_layer")}
+    if not any(isinstance(m, PackedExperts) for m in layers.values()):
+        return layers
+    packed = {n: m if isinstance(m, PackedModule) else quantizer_of(m).as_packed(m) for n, m in layers.items()}
+    return {n: m if m is not None else layers[n] for n, m in packed.items()}
+
+
+def _store_packed(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put the packed form of layers of a backend's own in the place of what they keep."""
+    layers = dict(bare_layers(model))
+    for name, packed in _as_packed(model).items():
+        if packed is not layers[name] and isinstance(packed, PackedModule):
+            for key in [k for k in state if k.startswith(f"{name}.") and k != f"{name}.bias"]:
+                del state[key]
+            state |= {f"{name}.{key}": tensor.detach() for key, tensor in packed.packed.items()}
 
 
 def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Tensor]:
@@ -216,7 +263,8 @@ def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Te
     for key, value in base.state_dict().items():
         if ".lora_" in f".{key}" or ".modules_to_save." in key:
             continue
-        state[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = value
+        parts = [p for p in key.split(".") if p not in ("base_layer", "original_module")]
+        state[".".join(parts)] = value
     if stored:
         for name, module in bare_layers(base):
             names = module.quantizer.stored_names if isinstance(module, PackedLinear) else {}
@@ -241,14 +289,16 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
     fits = all(q.config_conv1d for q in quantizers) or not any(
         getattr(m, "kind", None) == "conv1d" for _, m in bare_layers(model) if isinstance(m, PackedLinear)
     )
+    fits = fits and not any(isinstance(m, PackedExperts) for m in model.modules())
     if len(quantizers) == 1 and fits:  # the backend's own format, where it has one that others read
         described = quantizers[0].transformers_config_for(
             [n for n, m in bare_layers(model) if quantizer_of(m) is not None],
             _unquantized_linears(model),
             getattr(model, "dtype", None),
         )
-    if described is None and all(isinstance(q, TensorQuantizer) for q in quantizers):
-        described = describe_packed(bare_layers(model))
+    layers = _as_packed(model) if described is None else {}
+    if described is None and all(isinstance(m, PackedModule) for m in layers.values()):
+        described = describe_packed(layers.items())
         described.qft_serializable = all(q.capabilities.serializable for q in quantizers)
     if described is None:
         described = QftConfig(quantizers)
@@ -273,6 +323,12 @@ def _keep_codes_apart(model: nn.Module) -> None:
 
     conversions = weight_conversions(model)
     weights = [f"{name}.weight" for name, module in bare_layers(model) if quantizer_of(module) is not None]
+    weights += [
+        f"{name}.{key}"
+        for name, module in bare_layers(model)
+        if isinstance(module, PackedExperts)
+        for key in module.packed
+    ]
 
     def touches(conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):
@@ -354,7 +410,7 @@ def adopt(model: nn.Module) -> marks.Record | None:
             continue
         if isinstance(dtype, torch.dtype) and not hasattr(module, "qft_dtype"):
             module.qft_dtype = dtype
-        found[name.removesuffix(".base_layer")] = quantizer
+        found[name.replace(".base_layer", "")] = quantizer
     if not found:
         return None
     record = marks.Record(quantizers=found)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from qft import marks
 from qft.errors import UnsupportedDevice, UnsupportedOperation
+from qft.experts import float_experts, stacks
 from qft.floatcopy import FloatLayers, cast, copy_bare, empty_layer, settle_tie
+from qft.lora.experts import QftExperts
 from qft.lora.layer import QftLinear
 from qft.merging import MergeReport
 from qft.originals import Originals
@@ -54,9 +56,10 @@ class HollowModel:
     @property
     def report(self) -> MergeReport:
         """Of the layers that were merged so far, in the model's order."""
-        order = dict.fromkeys(name for name, _, _ in self._layers.values())
-        found = self._floats.weights
-        self._report.weights = {name: found[name] for name in order if name in found}
+        order = {name: i for i, (name, _, _) in enumerate(self._layers.values())}
+        found = self._floats.weights  # of layers by their names, of fused experts by the names of their parameters
+        place = {name: order.get(name, order.get(name.rpartition(".")[0], -1)) for name in found}
+        self._report.weights = {name: found[name] for name in sorted(found, key=place.__getitem__)}
         return self._report
 
     def _build(self) -> nn.Module:
@@ -94,6 +97,13 @@ class HollowModel:
             if not (module.merged or module.disable_adapters):
                 module.merged_bias([a for a in module.active_adapters if a in module.lora_A])  # refuses what cannot be
             quantizer, handle = module.quantizer, module.handle
+        elif isinstance(module, QftExperts) or stacks(module):
+            base = module.get_base_layer() if isinstance(module, QftExperts) else module
+            weights = {
+                k: torch.empty(s.shape, dtype=self.dtype or s.dtype, device="meta") for k, s in stacks(base).items()
+            }
+            memo = {id(t): _on_meta(t) for t in _tensors_of(base)}
+            return float_experts(base, weights, memo)
         elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):  # embeddings, modules trained whole
             real = self._floats(module, name)
             return copy.deepcopy(real, {id(t): _on_meta(t) for t in _tensors_of(real)})

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from qft import hf, marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
+from qft.experts import as_stack, pack_parameter
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
 from qft.registry import folder_reader, quantizer_of
-from qft.selection import Selection, select, settle
+from qft.selection import Selection, select, settle, target_weights
 
 TRIM_EVERY = 4 * 2**20
 """Bytes of float weights between two calls of `_trim`."""
@@ -48,25 +49,33 @@ class Plan:
     def start(self, model: nn.Module) -> None:
         """Every check that needs no weights, on the empty model."""
         selection = select(model, self.quantizers, self.skip)
-        self.selection = settle(selection, {name: model.get_submodule(name) for name in selection.targets})
+        self.selection = settle(selection, target_weights(model, selection))
         self.record.left, self.record.experts = self.selection.left, self.selection.experts
         if self.prepare is not None:
-            self.prepare(model, self.selection.targets)
+            parents = dict.fromkeys(name.rpartition(".")[0] for name in self.selection.stacks)
+            self.prepare(model, [*self.selection.targets, *parents])
 
     def wants(self, parameter: str) -> bool:
         name, _, last = parameter.rpartition(".")
-        return last == "weight" and name in self.selection.targets
+        return (last == "weight" and name in self.selection.targets) or parameter in self.selection.stacks
 
     def element_size(self, parameter: str, value: Tensor) -> float:
         """Bytes an element of what a parameter becomes."""
         if not self.wants(parameter):
             return value.element_size()
-        return self.selection.targets[parameter.removesuffix(".weight")].capabilities.bits / 8
+        return self._quantizers[parameter.removesuffix(".weight")].capabilities.bits / 8
+
+    @property
+    def _quantizers(self) -> dict[str, Quantizer]:
+        return {**self.selection.targets, **self.selection.stacks}
 
     def arrive(self, model: nn.Module, parameter: str, value: Tensor) -> None:
         """One float weight: check it, quantize it, put the layer in its place."""
         try:
-            self._arrive(model, parameter.removesuffix(".weight"), value)
+            if parameter in self.selection.stacks:
+                self._arrive_stack(model, parameter, value)
+            else:
+                self._arrive(model, parameter.removesuffix(".weight"), value)
         except BaseException as error:
             self.error = error
             raise _Stop from error
@@ -92,12 +101,29 @@ class Plan:
         new._qft_quantizer = quantizer
         new.requires_grad_(False)
         replace_module(model, name, new)
-        self.record.quantizers[name] = quantizer
-        self.record.float_bytes += weight.numel() * weight.element_size()
-        self._samples[name] = marks.sample(weight)
+        self._note(name, quantizer, weight)
         if self.on_weight is not None:
             for handle in quantizer.weights(new):
                 self.on_weight(name, weight, quantizer.dequantize(handle, dtype=torch.float32), None)
+
+    def _arrive_stack(self, model: nn.Module, name: str, value: Tensor) -> None:
+        quantizer: Any = self.selection.stacks[name].on_device(value.device)
+        parent_name, _, last = name.rpartition(".")
+        wanted = model.get_submodule(parent_name)._parameters[last].shape
+        if value.shape != wanted:
+            raise BadFolder(f"the checkpoint's {name} is {tuple(value.shape)}, and its config says {tuple(wanted)}")
+        if not value.isfinite().all():
+            raise NonFiniteWeights(f"{name} holds NaN or infinity: repair the checkpoint, or skip this weight")
+        stack = pack_parameter(model, name, quantizer, value)
+        weight = as_stack(value, stack.transposed)
+        self._note(name, quantizer, weight)
+        if self.on_weight is not None:
+            self.on_weight(name, weight, stack.unpacked(torch.float32), None)
+
+    def _note(self, name: str, quantizer: Quantizer, weight: Tensor) -> None:
+        self.record.quantizers[name] = quantizer
+        self.record.float_bytes += weight.numel() * weight.element_size()
+        self._samples[name] = marks.sample(weight)
         self._untrimmed += weight.numel() * weight.element_size()
         if self._untrimmed >= TRIM_EVERY:
             self._untrimmed = 0
@@ -109,8 +135,16 @@ class Plan:
             weight = model.get_submodule(name).weight if name not in self.record.quantizers else None
             if weight is not None and not weight.is_meta and f"{name}.weight" not in missing_keys:
                 self._arrive(model, name, weight.detach())
+        for name in self.selection.stacks:
+            parent_name, _, last = name.rpartition(".")
+            value = model.get_submodule(parent_name)._parameters.get(last)
+            if value is not None and not value.is_meta and name not in missing_keys:
+                self._arrive_stack(model, name, value.detach())
         missing = {f"{n}.weight" for n in self.selection.targets if n not in self.record.quantizers}
         _check_complete([*missing, *missing_keys], self.selection.targets)
+        absent = [n for n in self.selection.stacks if n not in self.record.quantizers]
+        if absent:
+            raise BadFolder(f"the checkpoint lacks {len(absent)} weights of its own model, {min(absent)} first")
         for name in self.selection.targets:  # a bias that came after its weight
             model.get_submodule(name).requires_grad_(False)
         shapes = {n: tuple(_shape(model, n)) for n in self._samples}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class Record:
     """qft's note on a model, kept as `model._qft`.
 
     Attributes:
-        quantizers: layer name → quantizer.
+        quantizers: layer name, or that of a fused expert weight → quantizer.
         left: linear layers left in 16 bit → reason.
         experts: fused expert weights left in 16 bit → bytes.
         fingerprint: layer name → (shape, sample of the float weight), see `sample`.
@@ -75,16 +76,15 @@ def record_of(model: nn.Module) -> Record | None:
 
 
 @lru_cache
-def _sample_index(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    n = shape[0] * shape[1]
+def _sample_index(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    n = prod(shape)
     index = (torch.arange(SAMPLES) * n + n // 2) // SAMPLES
-    return (index // shape[1]).to(device), (index % shape[1]).to(device)
+    return tuple(i.to(device) for i in torch.unravel_index(index, shape))
 
 
 def sample(weight: Tensor) -> Tensor:
-    """A fixed sample of 64 entries of a weight, float32, evenly spread over its flattened (out, in) form."""
-    rows, columns = _sample_index(tuple(weight.shape), weight.device)
-    return weight[rows, columns].float()
+    """A fixed sample of 64 entries of a weight, float32, evenly spread over its flattened (..., out, in) form."""
+    return weight[_sample_index(tuple(weight.shape), weight.device)].float()
 
 
 def of_weight(weight: Tensor) -> tuple[tuple[int, ...], list[float]]:

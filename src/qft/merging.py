@@ -12,19 +12,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from qft import hf, marks
+from qft.backends.unquantized import Unquantized
 from qft.drift import Drift, Probe
 from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
 from qft.floatcopy import FloatCopy
-from qft.lora.layer import QftLinear
-from qft.lora.merges import WeightMerge
+from qft.lora.experts import adapted_weights
+from qft.lora.merges import Merging, WeightMerge
 from qft.lora.model import ExactEmbedding, QftLoraModel, all_or_nothing
 from qft.originals import Originals
 from qft.quantizer import as_float_dtype
-from qft.registry import quantizer_of
 from qft.sources import learnt_over
 
-Plan = list[tuple[str, QftLinear, list[str]]]
-"""Layers by name, with the adapters to merge."""
+Plan = list[tuple[str, Any, list[str]]]
+"""Layers by the name of the weight that they adapt, with the adapters to merge."""
 
 
 @dataclass
@@ -121,10 +121,8 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 1.0
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, QftLinear]]:
-    for name, module in marks.base_model(model).named_modules():
-        if isinstance(module, QftLinear):
-            yield name, module
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return adapted_weights(marks.base_model(model))
 
 
 def _require_adapters(model: nn.Module) -> None:
@@ -220,9 +218,9 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
     return report
 
 
-def _source(originals: Originals | None, name: str, layer: QftLinear) -> Tensor | None:
+def _source(originals: Originals | None, name: str, layer: Any) -> Tensor | None:
     """The original weight to put an update on; None for a float layer, whose weight is it."""
-    if originals is None or quantizer_of(layer.base_layer) is None:
+    if originals is None or isinstance(layer.quantizer, Unquantized):
         return None
     return originals.like(name, layer.quantizer.dequantize(layer.handle, dtype=torch.float32))
 
@@ -240,7 +238,7 @@ class _OtherLayers:
     """PEFT's own layers in the model: merged with ours, and with `keep` taken out to the bit, also on an error."""
 
     def __init__(self, base: nn.Module, keep: bool):
-        self.layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, QftLinear)]
+        self.layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, Merging)]
         inexact = [m for m in self.layers if not isinstance(m, ExactEmbedding)] if keep else []  # PEFT subtracts there
         weights = {p for m in inexact for n, p in m.named_parameters() if "lora_" not in n}
         self.kept = [(p, p.detach().to("cpu", copy=True)) for p in weights]
@@ -331,5 +329,5 @@ def merge_to_float(
     return plain
 
 
-def _taken(layer: QftLinear) -> list[str]:
+def _taken(layer: Any) -> list[str]:
     return list(layer.merged_adapters) or [a for a in layer.active_adapters if a in layer.lora_A]

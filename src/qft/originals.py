@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qft import marks
 from qft.errors import AdapterMismatch, BadFolder, BadOption, NonFiniteWeights, UnsupportedDevice
+from qft.experts import fused_weight
 from qft.quantizer import float_weight, is_conv1d
 
 
@@ -52,7 +53,13 @@ class Originals:
         return originals
 
     def __call__(self, name: str) -> Tensor:
-        return self.read(name).detach()
+        weight = self.read(name).detach()
+        if weight.ndim == 3 and name in self.record.fingerprint:  # a file does not say which way experts are stored
+            shape, values = self.record.fingerprint[name]
+            for turned in (weight, weight.transpose(1, 2)):
+                if not marks.same_origin({name: (shape, values)}, {name: marks.of_weight(turned)}):
+                    return turned
+        return weight
 
     def like(self, name: str, quantized: Tensor) -> Tensor:
         """The weight in the dtype, in the shape and on the device of its dequantized twin.
@@ -74,7 +81,8 @@ class Originals:
 
 def _from_model(model: nn.Module, name: str) -> Tensor:
     try:
-        weight = float_weight(model.get_submodule(name))
+        weight = fused_weight(model, name)
+        weight = float_weight(model.get_submodule(name)) if weight is None else weight
     except AttributeError as error:
         raise BadOption(f"the original has no layer {name}: it is another kind of model") from error
     if weight.is_meta:
@@ -109,13 +117,23 @@ class _Folder:
         self.conv1d = _is_gpt2(folder)
 
     def __call__(self, name: str) -> Tensor:
-        key = self._key(f"{name}.weight")
+        fused = self._fused(name)
+        key = fused or self._key(f"{name}.weight")
         try:
             with safe_open(self.files[key], framework="pt") as file:
                 weight = file.get_tensor(key)
         except Exception as error:
             raise BadFolder(f"cannot read {key} from {self.files[key]}: {error}") from error
-        return weight.T if self.conv1d else weight
+        return weight.T if self.conv1d and fused is None else weight
+
+    def _fused(self, name: str) -> str | None:
+        """The key of a fused expert weight, which is a parameter's own name; None for layers."""
+        hits = (
+            [name]
+            if name in self.files
+            else [k for k in self.files if name.endswith("." + k) or k.endswith("." + name)]
+        )
+        return hits[0] if len(hits) == 1 else None
 
     def _key(self, wanted: str) -> str:
         """Checkpoints may lack, or have, the base model's prefix."""

@@ -1,4 +1,4 @@
-"""Formats that need no layer of their own: two functions on tensors, and one layer that holds what they pack."""
+"""Formats that need no layer of their own: two functions on tensors, and the modules that hold what they pack."""
 
 from __future__ import annotations
 
@@ -18,11 +18,70 @@ from qft.quantizer import Kind, QuantizedWeight, Quantizer, float_weight, is_con
 _RESERVED = {"weight", "bias", "quantizer", "in_features", "out_features", "kind", "dtype"}
 
 
-class PackedLinear(Sourced):
+class PackedModule(nn.Module):
+    """A module over packed tensors.
+
+    They are frozen parameters, so that FSDP shards them; casts such as `model.half()` leave their dtypes alone.
+
+    Args:
+        quantizer: knows how to unpack.
+        packed: the tensors by name.
+        dtype: of the float weight.
+    """
+
+    def __init__(self, quantizer: TensorQuantizer, packed: Mapping[str, Tensor], dtype: torch.dtype):
+        super().__init__()
+        clash = _RESERVED.intersection(packed)
+        if clash or not packed:
+            raise BadOption(
+                f"{quantizer!r}.pack returned the names {sorted(packed)}: it must return at least one tensor, and none "
+                f"of the names {sorted(_RESERVED)}"
+            )
+        self.quantizer, self.dtype = quantizer, dtype
+        for name, tensor in packed.items():
+            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+        self.packed_names = tuple(packed)
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        return {name: getattr(self, name) for name in self.packed_names}
+
+    @property
+    def handle(self) -> QuantizedWeight:
+        """The handle of the weight."""
+        raise NotImplementedError
+
+    def unpacked(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight as floats of `handle.shape`, in `dtype` or into `out`."""
+        raise NotImplementedError
+
+    def repacked(self, value: Tensor) -> dict[str, Tensor]:
+        """The packed tensors of other floats of `handle.shape`."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse=True):
+        packed = {name: self._parameters.pop(name) for name in self.packed_names}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, tensor in packed.items():
+                moved = fn(tensor.detach())
+                if moved.dtype != tensor.dtype:
+                    moved = tensor.detach().to(moved.device)
+                self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._first.device)).dtype
+        return self
+
+    @property
+    def _first(self) -> Tensor:
+        return getattr(self, self.packed_names[0])
+
+
+class PackedLinear(PackedModule, Sourced):
     """A linear layer over packed tensors.
 
-    The packed tensors are frozen parameters, so that FSDP shards them; casts such as `model.half()` leave their
-    dtypes alone. `.weight` dequantizes, so that model code which reads it gets the right numbers in the right dtype.
+    `.weight` dequantizes, so that model code which reads it gets the right numbers in the right dtype.
 
     Args:
         quantizer: knows how to unpack.
@@ -42,27 +101,18 @@ class PackedLinear(Sourced):
         bias: Tensor | None = None,
         kind: Kind = "linear",
     ):
-        super().__init__()
-        clash = _RESERVED.intersection(packed)
-        if clash or not packed:
-            raise BadOption(
-                f"{quantizer!r}.pack returned the names {sorted(packed)}: it must return at least one tensor, and none "
-                f"of the names {sorted(_RESERVED)}"
-            )
-        self.quantizer, self.kind, self.dtype = quantizer, kind, dtype
+        super().__init__(quantizer, packed, dtype)
+        self.kind = kind
         self.out_features, self.in_features = shape
-        for name, tensor in packed.items():
-            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
-        self.packed_names = tuple(packed)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
         self._source = Source(self)
 
     @property
-    def packed(self) -> dict[str, Tensor]:
-        """The packed tensors by name."""
-        return {name: getattr(self, name) for name in self.packed_names}
+    def handle(self) -> QuantizedWeight:
+        shape = (self.out_features, self.in_features)
+        return QuantizedWeight(self, "weight", shape, self.kind, self.kind == "conv1d", self.dtype, self.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -72,28 +122,17 @@ class PackedLinear(Sourced):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as floats, (out_features, in_features) in `dtype`."""
+        return self.unpacked(dtype)
+
+    def unpacked(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         shape = (self.out_features, self.in_features)
-        return self.quantizer.unpack({n: t.detach() for n, t in self.packed.items()}, shape=shape, dtype=dtype)
+        return self.quantizer.unpack({n: t.detach() for n, t in self.packed.items()}, shape=shape, dtype=dtype, out=out)
+
+    def repacked(self, value: Tensor) -> dict[str, Tensor]:
+        return self.quantizer._pack(value, None)
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_linear(x, self._source, self.bias)
-
-    def _apply(self, fn, recurse=True):
-        packed = {name: self._parameters.pop(name) for name in self.packed_names}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            for name, tensor in packed.items():
-                moved = fn(tensor.detach())
-                if moved.dtype != tensor.dtype:
-                    moved = tensor.detach().to(moved.device)
-                self._parameters[name] = nn.Parameter(moved, requires_grad=False)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._first.device)).dtype
-        return self
-
-    @property
-    def _first(self) -> Tensor:
-        return getattr(self, self.packed_names[0])
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, quantizer={self.quantizer!r}"
@@ -136,14 +175,16 @@ class TensorQuantizer(Quantizer):
 
     @classmethod
     def recognise(cls, module: nn.Module) -> Quantizer | None:
-        return module.quantizer if isinstance(module, PackedLinear) and type(module.quantizer) is cls else None
+        return module.quantizer if isinstance(module, PackedModule) and type(module.quantizer) is cls else None
 
     def weights(self, module: nn.Module) -> Sequence[QuantizedWeight]:
-        if not isinstance(module, PackedLinear) or type(module.quantizer) is not type(self):
+        if not isinstance(module, PackedModule) or type(module.quantizer) is not type(self):
             return ()
-        shape = (module.out_features, module.in_features)
-        transposed = module.kind == "conv1d"
-        return (QuantizedWeight(module, "weight", shape, module.kind, transposed, module.dtype, module.bias),)
+        return (module.handle,)
+
+    def for_experts(self) -> TensorQuantizer | None:
+        own = self.capabilities
+        return self if own.quantizes and not own.needs_calibration else None
 
     def quantize_layer(self, module: nn.Module, *, statistics: Any = None) -> nn.Module:
         weight = float_weight(module)
@@ -155,19 +196,15 @@ class TensorQuantizer(Quantizer):
         self, weight: QuantizedWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
     ) -> Tensor:
         # the layer's own quantizer, not self: options may differ from layer to layer
-        return _own(weight).unpack(
-            {n: t.detach() for n, t in weight.module.packed.items()},
-            shape=weight.shape,
-            dtype=out.dtype if out is not None else dtype or weight.dtype,
-            out=out,
-        )
+        dtype = out.dtype if out is not None else dtype or weight.dtype
+        return weight.module.unpacked(dtype, out)
 
     def requantize(self, weight: QuantizedWeight, value: Tensor) -> None:
-        module, own = weight.module, _own(weight)
+        module = weight.module
         value = value.to(module._first.device)
-        packed = own._pack(value, None)
+        packed = module.repacked(value)
         if any(t.dtype != module.packed[n].dtype for n, t in packed.items()):
-            packed = own._pack(value.to(module.dtype), None)  # a format whose constants have the weight's dtype
+            packed = module.repacked(value.to(module.dtype))  # a format whose constants have the weight's dtype
         self.restore(weight, packed)
 
     def snapshot(self, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -199,10 +236,6 @@ class TensorQuantizer(Quantizer):
         if not isinstance(packed, Mapping) or not all(isinstance(t, Tensor) for t in packed.values()):
             raise QftError(f"{self!r}.pack must return a dict of tensors, and returned {type(packed).__name__}")
         return dict(packed)
-
-
-def _own(weight: QuantizedWeight) -> TensorQuantizer:
-    return weight.module.quantizer
 
 
 def dequantizer(quantizer: Quantizer, weight: QuantizedWeight) -> Callable[[torch.dtype], Tensor]:

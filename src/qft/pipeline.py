@@ -19,7 +19,8 @@ from qft.calibration import batches
 from qft.errors import BadOption, NeedsCalibration, QftWarning, UnsupportedOperation
 from qft.guard import as_it_was, check_names, refused_by_peft, rehearse
 from qft.inits import AdapterInit, InitRun, need_original, resolve_init, settle_auto
-from qft.lora.layer import QftLinear
+from qft.inits.run import no_statistics
+from qft.lora.experts import adapted_weights
 from qft.lora.model import check_config, check_groups, check_saved_modules, fill_targets, targeted
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
@@ -142,6 +143,8 @@ def _check_init(init: Any, adapter: LoraConfig, quantizers: Iterable[Quantizer],
             f"{init!r} fits adapters as wide as the weight, and group-pooled ones (use_qalora) are not: leave init out"
         )
     quantizers = list(quantizers)
+    if init.needs and adapter.target_parameters:
+        raise UnsupportedOperation(no_statistics(init))
     if init.needs not in (None, "diagonal", "full"):
         raise BadOption(f"{init!r}: needs={init.needs!r}; it is None, 'diagonal' or 'full'")
     if init.needs is not None and calibration is None:
@@ -324,4 +327,4 @@ def quantize_and_wrap(
 
 def targeted_layers(model: nn.Module) -> list[str]:
     """Names of the adapted layers."""
-    return [n for n, m in model.named_modules() if isinstance(m, QftLinear)]
+    return [n for n, _ in adapted_weights(model)]

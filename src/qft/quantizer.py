@@ -298,6 +298,22 @@ class Quantizer(ABC):
             )
         return self
 
+    def for_experts(self) -> Quantizer | None:
+        """The `TensorQuantizer` that packs fused experts for this backend, each expert by itself.
+
+        None where there is none, as for methods that calibrate linear layers: experts stay in 16 bit.
+        """
+        return None
+
+    def as_packed(self, module: nn.Module) -> nn.Module | None:
+        """The weight of one of this backend's own layers as a `PackedLinear` of `for_experts()`; nothing is copied where
+        the layout is the same.
+
+        Models with fused experts are stored so: the backend's own files have no place for packed experts. None where
+        there is no such form.
+        """
+        return None
+
     def transformers_config(self, skipped: list[str], dtype: torch.dtype | None) -> Any | None:
         """transformers' own config object for a model in this format, where there is one, else None.
 

@@ -27,10 +27,11 @@ from qft.errors import (
     QftWarning,
     UnsupportedDevice,
 )
+from qft.experts import as_stack, pack_parameter, packed_weights
 from qft.loading import Plan, load_quantized, stored_quantization
-from qft.quantizer import OnWeight, Quantizer, code_options, float_weight
+from qft.quantizer import OnWeight, Quantizer, code_options
 from qft.registry import Spec, parse_spec, quantizer_of
-from qft.selection import check_finite, select, settle
+from qft.selection import Selection, check_finite, select, settle, target_weights
 from qft.statistics import StatisticsKind
 
 Prepare = Callable[[nn.Module, Iterable[str]], None]
@@ -49,7 +50,7 @@ def quantize(
     progress: bool = True,
     **load_options: Any,
 ) -> nn.Module:
-    """Quantize the linear layers of a model, in place, or of a folder or hub id while it is loaded.
+    """Quantize the linear layers and fused experts of a model, in place, or of a folder or hub id while it is loaded.
 
     Args:
         model_or_path: a model in memory, or where to load one from. From a folder the shards are streamed: the float
@@ -60,7 +61,8 @@ def quantize(
         calibration: data for quantizers that need it.
         tokenizer: for calibration texts.
         skip: further modules to leave, as a regular expression for the whole name or a list of names. Output heads,
-            tied weights, routers and what the model keeps in float32 are always left.
+            tied weights, routers and what the model keeps in float32 are always left. Fused experts go by the name of their
+            parameter or module.
         device: None leaves a model where it is, and puts a path on the accelerator where there is one.
         progress: show a progress bar and a summary on stderr.
         **load_options: for a path, passed to `from_pretrained` (`dtype`, `revision`, `trust_remote_code`, ...).
@@ -199,26 +201,25 @@ def _quantize_in_memory(
     if hasattr(model, "peft_config"):
         raise BadOption("this model has adapters: quantize first, then wrap")
     selection = select(model, spec.quantizers, skip)
-    layers = {name: model.get_submodule(name) for name in selection.targets}
-    for name, layer in layers.items():
-        if layer.weight.is_meta:
+    weights = target_weights(model, selection)
+    for name, weight in weights.items():
+        if weight.is_meta:
             raise UnsupportedDevice(
-                f"{name}.weight is on the meta device and has no values: load the model, or give qft.quantize its folder"
+                f"{name} is on the meta device and has no values: load the model, or give qft.quantize its folder"
             )
-    check_finite(layers)
-    selection = settle(selection, layers, device)
+    check_finite(weights)
+    selection = settle(selection, weights, device)
     if prepare is not None:
-        prepare(model, selection.targets)
+        prepare(model, [*selection.targets, *experts_modules(selection.stacks)])
     read = data.batches(model) if data is not None else []
 
     record = marks.Record(left=selection.left, experts=selection.experts)
     shapes: dict[str, tuple[int, ...]] = {}
     samples: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        weight = float_weight(layer)
+    for name, weight in weights.items():
         shapes[name], samples[name] = tuple(weight.shape), marks.sample(weight)
         record.float_bytes += weight.numel() * weight.element_size()
-    del layers, layer, weight  # from here on, each float weight goes when its quantized one has come
+    del weights, weight  # from here on, each float weight goes when its quantized one has come
     one_by_one = (device is None or data is not None) and all(
         type(q).quantize is Quantizer.quantize for q in set(selection.targets.values())
     )
@@ -238,7 +239,9 @@ def _quantize_in_memory(
     doubts: dict[str, str] = {}
     with (
         closing(groups),
-        _all_or_marked(model, record, f"{len(selection.targets)} layers were to be quantized", one_by_one),
+        _all_or_marked(
+            model, record, f"{len(selection.targets) + len(selection.stacks)} layers were to be quantized", one_by_one
+        ),
     ):
         for group in groups:
             for q, names in _by_quantizer(selection.targets, group.names).items():
@@ -259,6 +262,7 @@ def _quantize_in_memory(
                     for parameter in module.parameters():
                         parameter.requires_grad_(False)
                     record.quantizers[name] = q
+        _quantize_stacks(model, selection, record, device, on_weight, _bar(progress, "quantizing experts"))
         if device is not None:
             model.to(device)
     record.fingerprint = marks.fingerprint(shapes, samples)
@@ -267,6 +271,32 @@ def _quantize_in_memory(
         name = next(iter(doubts))
         warnings.warn(f"{name} and {len(doubts) - 1} other layers: {doubts[name]}", QftWarning, stacklevel=4)
     return model
+
+
+def experts_modules(stacks: Iterable[str]) -> list[str]:
+    """The modules that hold these fused expert weights."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in stacks))
+
+
+def _quantize_stacks(
+    model: nn.Module,
+    selection: Selection,
+    record: marks.Record,
+    device: torch.device | None,
+    on_weight: OnWeight | None,
+    bar: Any,
+) -> None:
+    """Pack fused experts, one weight after the other."""
+    names = list(selection.stacks)
+    for name in bar(names) if bar and names else names:
+        parent_name, _, last = name.rpartition(".")
+        value = model.get_submodule(parent_name)._parameters[last].detach()
+        value = value if device is None else value.to(device)
+        q: Any = selection.stacks[name]
+        stack = pack_parameter(model, name, q, value)
+        record.quantizers[name] = q
+        if on_weight is not None:
+            on_weight(name, as_stack(value, stack.transposed), stack.unpacked(torch.float32), None)
 
 
 def _by_quantizer(targets: Mapping[str, Quantizer], names: Iterable[str]) -> dict[Quantizer, list[str]]:
@@ -319,7 +349,10 @@ def _already(model: nn.Module, record: marks.Record, spec: Spec) -> nn.Module:
     from fnmatch import fnmatchcase
 
     asked = {n: next((q for p, q in spec.quantizers.items() if fnmatchcase(n, p)), None) for n in record.quantizers}
-    other = next((n for n, q in record.quantizers.items() if not _same(q, asked[n])), None)
+    # experts, and what was stored with them, are in the format that stands for the asked one
+    mixture = any(True for _ in packed_weights(marks.base_model(model)))
+    twins = {n: q.for_experts() if q is not None and mixture else None for n, q in asked.items()}
+    other = next((n for n, q in record.quantizers.items() if not _same(q, asked[n]) and not _same(q, twins[n])), None)
     if other is not None:
         raise AlreadyQuantized(
             f"{other} is quantized already, with {record.quantizers[other]!r}, and {asked[other]!r} was asked for: "

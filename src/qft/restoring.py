@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -18,10 +18,12 @@ from torch import nn
 from qft import hf, marks
 from qft.backends.unquantized import is_float_linear
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
+from qft.experts import fused_weight
 from qft.guard import as_it_was, brief, rehearse_load
 from qft.hf import bare_layers
 from qft.loading import load_quantized
 from qft.lora.model import KEPT_INITS
+from qft.packed import TensorQuantizer
 from qft.pipeline import check_kind, is_lora, peft_flags
 from qft.quantizer import Quantizer, code_options, float_weight
 from qft.quantizing import check_device, default_device, quantize_as
@@ -220,6 +222,12 @@ def check_stored_base(folder: Path, base: nn.Module, quantizers: Mapping[str, Qu
     stored = _read_base(folder, quantizers, _header)
     expected: dict[Any, dict[str, torch.Tensor]] = {}
     for name, quantizer in quantizers.items():
+        weight = fused_weight(base, name)
+        if weight is not None:
+            one = cast(TensorQuantizer, quantizer).template(tuple(weight.shape[1:]), weight.dtype)
+            here = {k: torch.empty((len(weight), *s), dtype=dtype, device="meta") for k, (s, dtype) in one.items()}
+            _check_state(folder, name, stored[name], here, quantizer)
+            continue
         old = base.get_submodule(name)
         kind = (quantizer, type(old), old.weight.shape, old.weight.dtype, old.weight.device)
         if kind not in expected:
@@ -277,15 +285,15 @@ def check_float_origin(note: dict[str, Any], base: nn.Module) -> None:
         AdapterMismatch: other original weights.
     """
     modules = dict(base.named_modules())
-    absent = [n for n in note["layers"] if n not in modules or not is_float_linear(modules[n])]
+    fused = {n: w for n in note["layers"] if (w := fused_weight(base, n)) is not None}
+    absent = [n for n in note["layers"] if n not in fused and (n not in modules or not is_float_linear(modules[n]))]
     if absent:
         raise AdapterMismatch(
             f"this adapter was trained over another kind of model: {len(absent)} of its {len(note['layers'])} quantized "
             f"layers are no linear layers of this {type(base).__name__}, {absent[0]} first"
         )
-    _check_fingerprints(
-        note, {n: marks.of_weight(float_weight(modules[n])) for n in note["fingerprint"] if n in modules}
-    )
+    here = {n: marks.of_weight(float_weight(modules[n])) for n in note["fingerprint"] if n in modules}
+    _check_fingerprints(note, here | {n: marks.of_weight(fused[n]) for n in note["fingerprint"] if n in fused})
 
 
 def _check_fingerprints(note: dict[str, Any], here: dict[str, Any]) -> None:
@@ -314,7 +322,12 @@ def check_origin(note: dict[str, Any], record: marks.Record) -> None:
         )
     saved = {n: code_options(note["quantizers"][i]) for n, i in note["layers"].items()}
     here = {n: code_options(q.to_dict()) for n, q in record.quantizers.items()}
-    differ = [n for n in {**saved, **here} if saved.get(n) != here.get(n)]
+    twins = [get_quantizer(q).for_experts() for q in note["quantizers"]]  # what a base with experts is stored as
+    mixture = any(len(shape) == 3 for shape, _ in note["fingerprint"].values())
+    stored = {
+        n: code_options(q.to_dict()) for n, i in note["layers"].items() if mixture and (q := twins[i]) is not None
+    }
+    differ = [n for n in {**saved, **here} if here.get(n) not in (saved.get(n), stored.get(n))]
     if differ:
         was, now = saved.get(differ[0], "not quantized"), here.get(differ[0], "not quantized")
         warnings.warn(

@@ -1,4 +1,5 @@
-"""Which weights are quantized: linear layers. Heads, tied weights, routers and what a model keeps in float32 are not."""
+"""Which weights are quantized: linear layers and fused experts. Heads, tied weights, routers and what a model keeps in
+float32 are not."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from qft.backends.unquantized import is_float_linear
 from qft.errors import BadOption, NonFiniteWeights, NoTargets
+from qft.experts import as_stack, fused_parameters
 from qft.quantizer import Quantizer, float_weight, is_conv1d
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -25,6 +27,8 @@ class Selection:
 
     targets: dict[str, Quantizer] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    stacks: dict[str, Quantizer] = field(default_factory=dict)
+    """Fused 3-D expert weights to quantize, by parameter name."""
     experts: dict[str, int] = field(default_factory=dict)
     """Fused 3-D expert weights that stay in 16 bit: name → bytes."""
 
@@ -35,7 +39,9 @@ def select(
     """Choose the layers of `model` to quantize.
 
     Args:
-        quantizers: by module pattern (`fnmatch`); the first that matches wins, None leaves the layer.
+        quantizers: by module pattern (`fnmatch`); the first that matches wins, None leaves the layer. Fused experts go by
+            the name of their parameter, such as `model.layers.0.mlp.experts.down_proj`; a module's are quantized all,
+            or none of them.
         skip: names as `target_modules` takes them: a regular expression for the whole name, or a list of names or
             last parts of names. A module is skipped with all that is in it. They add to the default skips.
 
@@ -49,6 +55,10 @@ def select(
     inside: tuple[str, ...] = ()
     matched = {"*"}
     for name, module in model.named_modules():
+        if found := _stacks(name, module, quantizers, skips, inside, matched):
+            chosen.stacks |= found
+            for key in found:
+                del chosen.experts[key]
         skipped = skips(name) or name.startswith(inside)
         if skipped:
             inside += (f"{name}.",)
@@ -69,13 +79,33 @@ def select(
     unused = skips.unused()
     if unused:
         raise BadOption(f"skip names no module of this model: {', '.join(map(repr, unused))}")
-    if not chosen.targets:
+    if not chosen.targets and not chosen.stacks:
         why = "; ".join(f"{n}: {r}" for n, r in list(chosen.left.items())[:5]) or "it has no linear layers"
         raise NoTargets(f"nothing to quantize in {type(model).__name__}: {why}")
     idle = [pattern for pattern in quantizers if pattern not in matched]
     if idle:
-        raise BadOption(f"no linear layer of this model matches {', '.join(map(repr, idle))}")
+        raise BadOption(f"no linear layer or fused expert weight of this model matches {', '.join(map(repr, idle))}")
     return chosen
+
+
+def _stacks(
+    name: str,
+    module: nn.Module,
+    quantizers: Mapping[str, Quantizer | None],
+    skips: _Skips,
+    inside: tuple[str, ...],
+    matched: set[str],
+) -> dict[str, Quantizer]:
+    """The quantizers of a module's fused experts by parameter name, or nothing where one of them is left."""
+    found: dict[str, Quantizer | None] = {}
+    skipped = False
+    for key in fused_parameters(module):
+        full = f"{name}.{key}"
+        matched |= {pattern for pattern in quantizers if fnmatchcase(full, pattern)}
+        quantizer = next((q for pattern, q in quantizers.items() if fnmatchcase(full, pattern)), None)
+        skipped |= skips(full) or skips(name) or full.startswith(inside)
+        found[full] = None if quantizer is None or quantizer.for_experts() is None else quantizer
+    return {} if skipped or None in found.values() else found  # type: ignore[return-value]
 
 
 class _Skips:
@@ -200,36 +230,54 @@ def _fused_experts(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def check_finite(layers: Mapping[str, nn.Module]) -> None:
-    """Raise `NonFiniteWeights`, by name, if a layer's weight holds NaN or infinity. One read of each weight."""
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raise `NonFiniteWeights`, by name, if a weight holds NaN or infinity. One read of each weight."""
     by_device: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
-    for name, layer in layers.items():
+    for name, weight in weights.items():
         # a finite sum in float32 means finite terms; the exact look is for the rare others
-        total = float_weight(layer).sum(dtype=torch.float32)
+        total = weight.sum(dtype=torch.float32)
         by_device[total.device][name] = total
     for sums in by_device.values():
         finite = torch.stack(list(sums.values())).isfinite().tolist()
         for name, ok in zip(sums, finite, strict=True):
-            if not ok and not float_weight(layers[name]).isfinite().all():
+            if not ok and not weights[name].isfinite().all():
                 raise NonFiniteWeights(
-                    f"{name}.weight holds NaN or infinity: quantizing it would spread them; repair the checkpoint, or "
+                    f"{name} holds NaN or infinity: quantizing it would spread them; repair the checkpoint, or "
                     "leave this weight in float with skip="
                 )
 
 
-def settle(selection: Selection, layers: Mapping[str, nn.Module], device: torch.device | None = None) -> Selection:
-    """Settle each quantizer's open options over its own targets, and check that it runs on their device."""
+def settle(selection: Selection, weights: Mapping[str, Tensor], device: torch.device | None = None) -> Selection:
+    """Settle each quantizer's open options over its own targets, and check that it runs on their device.
+
+    Args:
+        weights: of all targets, (out, in), and of the fused experts, (experts, out, in).
+    """
     groups: dict[Quantizer, list[str]] = defaultdict(list)
     for name, q in selection.targets.items():
         groups[q].append(name)
+    for name, q in selection.stacks.items():
+        packer = q.for_experts()
+        assert packer is not None
+        q.check_installed()
+        groups[packer].append(name)
     for q, names in groups.items():
         q.check_installed()
-        weights = [(n, layers[n]) for n in names]
-        settled = q.resolve([(n, tuple(float_weight(m).shape)) for n, m in weights])
-        devices = {torch.device(device)} if device is not None else {m.weight.device for _, m in weights}
+        settled = q.resolve([(n, tuple(weights[n].shape[-2:])) for n in names])
+        devices = {torch.device(device)} if device is not None else {weights[n].device for n in names}
         for d in devices:
             if d.type != "meta":
                 settled = settled.on_device(d)
         for n in names:
-            selection.targets[n] = settled
+            (selection.targets if n in selection.targets else selection.stacks)[n] = settled
     return selection
+
+
+def target_weights(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
+    """The float weights of all that is selected, by name: (out, in), and (experts, out, in); views."""
+    found = {name: float_weight(model.get_submodule(name)) for name in selection.targets}
+    for name in selection.stacks:
+        parent_name, _, last = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        found[name] = as_stack(parent._parameters[last].detach(), bool(parent.is_transposed))
+    return found

@@ -11,6 +11,8 @@ from torch import nn
 
 from qft import marks
 from qft.errors import AdapterMismatch, BadOption, QftWarning, UnsupportedOperation
+from qft.experts import PackedExperts
+from qft.lora.experts import QftExperts, split
 from qft.lora.layer import QftLinear
 from qft.originals import Originals
 from qft.registry import quantizer_of
@@ -69,11 +71,11 @@ def _check_starts(plan: dict[str, tuple[QftLinear, list[str]]]) -> None:
         for name in names:
             if name not in layer.starts:
                 continue
-            a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
-            a0, b0 = (t.float() for t in layer.known_start(name))
+            a, b = _factors(layer, layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float())
+            a0, b0 = _factors(layer, *(t.float() for t in layer.known_start(name)))
             found = sums.setdefault(name, [0.0, 0.0, 0.0])
             for i, (x, y) in enumerate((((a, b), (a0, b0)), ((a0, b0), (a0, b0)), ((a, b), (a, b)))):
-                product = ((x[1].T @ y[1]) * (x[0] @ y[0].T)).sum()  # ⟨BA, B′A′⟩ without the products
+                product = ((x[1].mT @ y[1]) * (x[0] @ y[0].mT)).sum()  # ⟨BA, B′A′⟩ without the products
                 found[i] += float(product) * layer.scaling[name] ** 2
     for name, (still, start, now) in sums.items():
         if still < LEFT_OF_START * start and now < 9 * start:
@@ -81,6 +83,11 @@ def _check_starts(plan: dict[str, tuple[QftLinear, list[str]]]) -> None:
                 f"adapter {name!r} was started at the quantization error and holds {still / start:.0%} of that, as if other "
                 "weights were loaded into it since: load them with qft.load, or merge without original="
             )
+
+
+def _factors(layer: Any, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B whose product is the update, or that of each expert."""
+    return split(a, b, layer.num_experts) if isinstance(layer, QftExperts) else (a, b)
 
 
 @torch.no_grad()
@@ -92,12 +99,15 @@ def _compare(base: nn.Module, originals: Originals, plan: dict[str, tuple[QftLin
         UnsupportedOperation: an adapter that lies along W − Ŵ, as those started by LoftQ do.
     """
     sums: dict[str, list[float]] = {}  # adapter → Σ⟨Δ, E⟩, Σ‖Δ‖², and the variance of the first were E noise
-    for name, module in base.named_modules():
+    for full_name, module in base.named_modules():
+        name = full_name.replace(".base_layer", "") if isinstance(module, PackedExperts) else full_name
         layer, names = plan.get(name, (None, []))
         if layer is not None and layer.merged:  # its weight holds the adapter
             layer = copy.deepcopy(layer)
             layer.unmerge()
-        holder = module if layer is None else layer.base_layer
+        holder = module if layer is None or isinstance(module, PackedExperts) else layer.base_layer
+        if isinstance(layer, QftExperts):
+            holder = layer.get_param()
         quantizer = quantizer_of(holder)
         if quantizer is None or name.endswith(".base_layer"):
             continue

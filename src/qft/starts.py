@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qft import marks
 from qft.errors import BadFolder
-from qft.lora.layer import QftLinear
+from qft.lora.merges import Merging
 
 FILE = "start.safetensors"
 
@@ -32,7 +32,7 @@ def save_starts(model: nn.Module, partial: Path, final: Path) -> None:
         starts: Starts = {
             name: module.starts[adapter]
             for name, module in marks.base_model(model).named_modules()
-            if isinstance(module, QftLinear) and adapter in module.starts
+            if isinstance(module, Merging) and adapter in module.starts
         }
         if not (partial / inside).is_dir() or not (starts or (final / inside / FILE).exists()):
             continue  # a file that lies there already is of an adapter that lay there before
@@ -93,6 +93,6 @@ def put_starts(model: nn.Module, starts: Starts, adapter: str = "default") -> No
     layers = dict(marks.base_model(model).named_modules())
     for name, pair in starts.items():
         layer = layers.get(name)
-        if not isinstance(layer, QftLinear) or adapter not in layer.lora_A:
+        if not isinstance(layer, Merging) or adapter not in layer.lora_A:
             raise BadFolder(f"{FILE} records a start for {name}, which carries no adapter in this model")
         layer.starts[adapter] = pair

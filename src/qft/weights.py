@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from qft import marks
 from qft.backends.unquantized import Unquantized, is_float_linear
 from qft.errors import AdapterMismatch, QftWarning
+from qft.experts import PackedExperts
+from qft.lora.experts import QftExperts
 from qft.lora.layer import QftLinear
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
@@ -24,7 +26,9 @@ def linear_weights(model: nn.Module) -> dict[str, tuple[Quantizer, QuantizedWeig
     found: dict[str, tuple[Quantizer, QuantizedWeight]] = {}
     inside: tuple[str, ...] = ()
     for name, module in marks.base_model(model).named_modules():
-        if name.startswith(inside):
+        if name.startswith(inside) or isinstance(module, QftExperts):
+            continue
+        if isinstance(module, PackedExperts):
             continue
         if isinstance(module, QftLinear):
             found[name] = module.quantizer, module.handle

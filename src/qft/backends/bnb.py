@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qft import kernels
 from qft.errors import BadOption, QftWarning
 from qft.lora.autograd import lora_linear
-from qft.packed import dequantizer
+from qft.packed import PackedLinear, TensorQuantizer, dequantizer
 from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, as_dtype, float_weight
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -99,11 +99,22 @@ class BitsAndBytes4bit(_BitsAndBytes):
     def on_device(self, device: torch.device) -> Quantizer:
         return self if device.type in DEVICES else self.fallback(f"bitsandbytes has no kernels for {device.type!r}")
 
-    def fallback(self, why: str) -> Quantizer:
-        """The reference quantizer with the same codes, and a warning that says why."""
+    def for_experts(self) -> TensorQuantizer:
+        """The reference quantizer: the same codes and constants; bitsandbytes has no layer for experts."""
         from qft.backends.reference import Reference
 
-        other = Reference(format=self.quant_type, group_size=self.block_size, double_quant=self.double_quant)
+        return Reference(format=self.quant_type, group_size=self.block_size, double_quant=self.double_quant)
+
+    def as_packed(self, module: nn.Module) -> nn.Module:
+        state, (handle,) = _state(module), self.weights(module)
+        packed = {"qweight": module.weight.data.view(torch.uint8).view(-1), "absmax": state.absmax}
+        if state.nested:
+            packed |= {"absmax_scale": state.state2.absmax, "absmax_mean": state.offset}
+        return PackedLinear(self.for_experts(), packed, handle.shape, handle.dtype, module.bias, handle.kind)
+
+    def fallback(self, why: str) -> Quantizer:
+        """The reference quantizer with the same codes, and a warning that says why."""
+        other = self.for_experts()
         warnings.warn(f"{why}: using {other!r}, the same codes in pure PyTorch", QftWarning, stacklevel=4)
         return other
 
@@ -315,6 +326,17 @@ class BitsAndBytes8bit(_BitsAndBytes):
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(bits=8, devices=DEVICES, requantize=True, exact_forward=False)
+
+    def for_experts(self) -> TensorQuantizer:
+        """quanto's int8, a scale a row as here, in the weight's dtype; bitsandbytes has no layer for experts."""
+        from qft.backends.quanto import Quanto
+
+        return Quanto(format="int8")
+
+    def as_packed(self, module: nn.Module) -> nn.Module:
+        (codes, scale), (handle,) = _int8(module), self.weights(module)
+        packed = {"qweight": codes, "scale": (scale.float() / 127)[:, None]}
+        return PackedLinear(self.for_experts(), packed, handle.shape, handle.dtype, module.bias, handle.kind)
 
     @classmethod
     def recognise(cls, module: nn.Module) -> BitsAndBytes8bit | None:

@@ -143,6 +143,27 @@ class TorchAO(Quantizer):
             return self
         return super().on_device(device)
 
+    def for_experts(self) -> Quantizer | None:
+        """The nearest format of tensors that can be stacked: torchao's own subclasses cannot be taken apart by expert.
+
+        int8 and float8 are quanto's, with a scale a row; "int" and "int4" are affine integers of the same groups, packed;
+        "nf4" has the same codes with doubly quantized constants.
+        """
+        from qft.backends.quanto import Quanto
+        from qft.backends.reference import Reference
+
+        if not self.capabilities.quantizes or (self.format == "int" and self.bits < 2):
+            return None
+        if self.format == "nf4":
+            return Reference(group_size=self.group_size or 64, double_quant=True)
+        if self.format in ("int", "int4"):
+            size = self.group_size if self.group_size and self.group_size > 0 else None
+            symmetric = self.symmetric and self.format == "int"
+            return Reference(
+                format="int", bits=self.bits if self.format == "int" else 4, group_size=size, symmetric=symmetric
+            )
+        return Quanto(format=self.format)  # type: ignore[arg-type]
+
     # ---- layers ------------------------------------------------------------------------------------------
 
     def weights(self, module: nn.Module) -> Sequence[QuantizedWeight]:

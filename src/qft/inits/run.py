@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from qft.activations import Group
 from qft.errors import AdapterMismatch, BadOption, BadShape, NonFiniteWeights, QftWarning, UnsupportedOperation
+from qft.experts import packed_weights
 from qft.inits.base import AdapterInit
-from qft.lora.layer import QftLinear
+from qft.lora.experts import adapted_weights, joined
 from qft.lora.model import targeted
 from qft.marks import record_of
 from qft.quantizer import Quantizer
@@ -129,6 +130,8 @@ class InitRun:
                 f"{init!r} changes the quantized weights, which {quantizer!r} cannot do (capability "
                 "iterated_loftq); one step, qft.LoftQ(), leaves them alone"
             )
+        if weight.ndim == 3:
+            return self._on_experts(name, weight, quantized, rank, scaling, quantizer, handle)
         statistics = statistics if init.needs else None
         w, w_hat = weight.to(device, torch.float32), quantized.to(device, torch.float32)
         try:
@@ -154,6 +157,52 @@ class InitRun:
             self.base_changed |= base is not None
         elif base is not None:
             quantizer.restore(handle, saved)
+
+    def _on_experts(
+        self, name: str, weight: Tensor, quantized: Tensor, rank: int, scaling: float, quantizer: Any, handle: Any
+    ) -> None:
+        """The starts of a fused weight's adapters, expert by expert; one that is not lowered has B = 0."""
+        init, device, dtype = self.init, _fast(weight.device), handle.dtype
+        if init.needs:
+            raise UnsupportedOperation(no_statistics(init))
+        shape, starts, changed, sums = weight.shape[1:], [], {}, [0.0, 0.0, 0.0]
+
+        def roundtrip(value: Tensor) -> Tensor:
+            packed = quantizer._pack(value.to(weight.device, dtype), None)
+            return quantizer.unpack(packed, shape=tuple(shape), dtype=torch.float32).to(device)
+
+        kept = 0
+        for e in range(weight.shape[0]):
+            w, w_hat = weight[e].to(device, torch.float32), quantized[e].to(device, torch.float32)
+            a, b, base = init(w, w_hat, rank, scaling, statistics=None, roundtrip=roundtrip)
+            _check(init, name, a, b, rank, w.shape)
+            if base is not None and not init.changes_base:
+                raise BadOption(f"{init!r} gave another base for {name}, and its changes_base says that it never does")
+            before = init.error(w - w_hat, None)
+            new = w_hat if base is None else roundtrip(base)
+            after = init.error(w - new - (b @ a) * scaling, None)
+            for i, value in enumerate((init.error(w, None), before, min(before, after))):
+                sums[i] += value**2
+            if after < before:
+                kept += 1
+                if base is not None:
+                    changed[e] = base.to(weight.device, torch.float32)
+            else:
+                b = torch.zeros_like(b)
+            starts.append((a.cpu(), b.cpu()))
+        whole, before, after = (s**0.5 for s in sums)
+        note = (
+            "" if kept in (0, len(starts)) else f"{len(starts) - kept} of {len(starts)} experts of {name} start at zero"
+        )
+        self.report.weights[name] = WeightInit(before / (whole or 1.0), after / (whole or 1.0), kept > 0, note)
+        if kept:
+            self.values[name] = joined(*(torch.stack(side) for side in zip(*starts, strict=True)))
+        if changed:
+            stack = handle.module
+            for e, base in changed.items():
+                for key, tensor in quantizer._pack(base.to(dtype), None).items():
+                    stack.packed[key].data[e] = tensor
+            self.base_changed = True
 
     def run_over(self, original: Callable[[str], Tensor], groups: Any = None) -> None:
         """Collect over a model that was quantized before, its float weights given by name.
@@ -190,13 +239,14 @@ class InitRun:
 
     def quantized_targets(self) -> list[str]:
         """The layers to start on: those of the config that are quantized."""
-        return [n for n in self.ranks if quantizer_of(self.model.get_submodule(n)) is not None]
+        packed = dict(packed_weights(self.model))
+        return [n for n in self.ranks if n in packed or _is_quantized(self.model, n)]
 
     def apply(self, peft_model: nn.Module, adapter_name: str) -> None:
         """Fill the adapters of a freshly wrapped model with what was collected."""
         record = record_of(peft_model)
-        for name, module in peft_model.get_base_model().named_modules():
-            if not isinstance(module, QftLinear) or adapter_name not in module.lora_A:
+        for name, module in adapted_weights(peft_model.get_base_model()):
+            if adapter_name not in module.lora_A:
                 continue
             if name not in self.values:
                 continue  # a float layer, or one that was rolled back: there is no error to start from
@@ -232,6 +282,21 @@ def _fast(device: torch.device) -> torch.device:
     if device.type == "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def no_statistics(init: AdapterInit) -> str:
+    """Why an init that reads data does not start adapters on fused experts."""
+    return (
+        f"{init!r} weighs the error by what a layer reads, and which tokens each of a layer's fused experts reads is not "
+        "gathered: leave target_parameters out, or take init='loftq', which needs no data"
+    )
+
+
+def _is_quantized(model: nn.Module, name: str) -> bool:
+    try:
+        return quantizer_of(model.get_submodule(name)) is not None
+    except AttributeError:  # a fused weight that stays float
+        return False
 
 
 def _quantizer_and_handle(model: nn.Module, name: str) -> tuple[Quantizer, Any]:

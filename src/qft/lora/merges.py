@@ -29,7 +29,7 @@ class WeightMerge:
 
 
 class Merging:
-    """The merging half of `QftLinear`.
+    """The merging half of the layers with adapters.
 
     Attributes:
         last_merge: what the last merge did.
@@ -103,7 +103,7 @@ class Merging:
 
     def merged_bias(self, adapter_names: list[str]) -> Tensor | None:
         """The base bias with the adapters' own, or None without any."""
-        bias = self.base_layer.bias
+        bias = self.handle.bias
         for name in adapter_names:
             extra = self.lora_B[name].bias
             if extra is None:
@@ -174,7 +174,7 @@ class Merging:
         if original is not None:
             wanted = self.merged_weight(names, original.to(before), learnt=True)
         bias = self.merged_bias(names)
-        old_bias = self.base_layer.bias
+        old_bias = handle.bias
         self._saved = (self.quantizer.snapshot(handle), None if old_bias is None else old_bias.detach().clone())
         shift = None if original is not None else self._group_shift(names, handle)
         if shift is None:
@@ -196,8 +196,10 @@ class Merging:
         """What these adapters add to each of the quantizer's groups, (out_features, groups) in float32; None where
         that is not one number a group."""
         size = self.quantizer.group_size_of(handle) if self.quantizer.capabilities.exact_merge else None
+        if size is None:
+            return None
         pools = [self.qalora_group_size.get(n) for n in names]
-        if size is None or any(pool is None or pool % size for pool in pools):
+        if any(pool is None or pool % size for pool in pools):
             return None
         return torch.stack([
             self._expanded(n, self.lora_B[n].weight.float() @ self.lora_A[n].weight.float())[:, ::size]
@@ -216,7 +218,8 @@ class Merging:
         saved, bias = self._saved
         self.quantizer.restore(self.handle, saved)
         if bias is not None:
-            self.base_layer.bias.data = bias.to(self.base_layer.bias.device, copy=True)
+            old = self.handle.bias
+            old.data = bias.to(old.device, copy=True)
         self._saved = None
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -6,9 +6,10 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from accelerate import init_empty_weights
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.layer import Embedding
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 
 from qft.backends.unquantized import is_float_linear
 from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOperation
+from qft.experts import PackedExperts, as_stack, fused_parameters, packed_weights
 from qft.guard import as_it_was
+from qft.lora.experts import QftExperts, adaptable, chain, matches
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
+from qft.lora.merges import Merging
 from qft.marks import record_of
 from qft.quiet import quiet_imports
 from qft.registry import quantizer_of
@@ -82,7 +86,11 @@ class QftLoraModel(LoraModel):
 
     def _create_new_module(self, lora_config, adapter_name, target, **kwargs):
         record = record_of(self.model)
-        if record is None or kwargs.get("parameter_name") is not None:
+        parameter = kwargs.get("parameter_name")
+        if record is not None and parameter is not None and adaptable(target):
+            kept = {k: kwargs[k] for k in ("r", "lora_alpha")}
+            return QftExperts(target, adapter_name, parameter, lora_config, **kept)
+        if record is None or parameter is not None:
             return super()._create_new_module(lora_config, adapter_name, target, **kwargs)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not _quantized(base) and not is_float_linear(base):
@@ -96,13 +104,48 @@ class QftLoraModel(LoraModel):
         return QftLinear(target, adapter_name, lora_config, native=record.forward == "native", **kwargs)
 
     def _replace_module(self, parent, child_name, new_module, child):
-        if isinstance(new_module, QftLinear):
+        if isinstance(new_module, Merging):
             setattr(parent, child_name, new_module)
             new_module.train(child.training)
-        elif isinstance(child, QftLinear):
+        elif isinstance(child, Merging):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    def _check_target_module_exists(self, peft_config, key):
+        # packed experts stand in a parameter's place: names of layers do not mean them
+        if record_of(self.model) is not None and isinstance(_submodule(self.model, key), PackedExperts):
+            return False
+        return super()._check_target_module_exists(peft_config, key)
+
+    def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage):
+        found = []
+        if record_of(self.model) is not None:
+            # in the order of definition, which decides the nesting and with it the names in files, as in PEFT
+            for name, _ in list(packed_weights(model)):
+                if matches(name, peft_config.target_parameters):
+                    self._adapt_experts(peft_config, model, adapter_name, name, low_cpu_mem_usage)
+                    found.append(name)
+        others = super()._inject_parameters(
+            peft_config=peft_config, model=model, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        return [*found, *others]
+
+    def _adapt_experts(self, config, model, adapter_name, name, low_cpu_mem_usage):
+        where, _, parameter = name.rpartition(".")
+        outer = model.get_submodule(where)
+        target = next((m for m in chain(outer) if m.parameter_name == parameter), outer)
+        parent, _, last = where.rpartition(".")
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            self._create_and_replace(
+                config,
+                adapter_name,
+                target,
+                last,
+                model.get_submodule(parent),
+                current_key=name,
+                parameter_name=parameter,
+            )
 
     def _check_merge_allowed(self):
         record = record_of(self.model)
@@ -121,7 +164,7 @@ class QftLoraModel(LoraModel):
         exists = adapter_name in self.peft_config  # then PEFT does nothing
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         for module in self.model.modules():
-            if not exists and isinstance(module, QftLinear) and any(name in module.starts for name in adapters):
+            if not exists and isinstance(module, Merging) and any(name in module.starts for name in adapters):
                 module.starts[adapter_name] = None
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -133,7 +176,7 @@ class QftLoraModel(LoraModel):
         record = record_of(self.model)
         if record is not None and merge:
             self._check_all(adapter_names)
-        layers = [m for m in self.model.modules() if isinstance(m, QftLinear)]
+        layers = [m for m in self.model.modules() if isinstance(m, Merging)]
         with as_it_was(self.model), all_or_nothing(self.model):
             model = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -159,7 +202,7 @@ class QftLoraModel(LoraModel):
     def _check_all(self, adapter_names: list[str] | None) -> None:
         """Raise before the first weight changes."""
         for module in self.model.modules():
-            if isinstance(module, QftLinear):
+            if isinstance(module, Merging):
                 names = adapter_names if adapter_names is not None else module.active_adapters
                 module.check_merge([n for n in names if n in module.lora_A])
 
@@ -193,7 +236,15 @@ def warn_of_loss(merges: list[WeightMerge]) -> None:
 
 
 def _quantized(module: nn.Module) -> bool:
-    return quantizer_of(module) is not None
+    """Whether `module` is a quantized linear layer."""
+    return quantizer_of(module) is not None and not isinstance(module, PackedExperts)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def check_config(config: LoraConfig) -> None:
@@ -211,6 +262,8 @@ def check_config(config: LoraConfig) -> None:
             )
     if config.use_qalora:
         _check_pooling(config)
+    if config.target_parameters:
+        _check_parameters(config)
     if config.init_lora_weights not in KEPT_INITS:
         raise BadOption(
             f"init_lora_weights={config.init_lora_weights!r} rewrites the float base weights, which PEFT cannot do over "
@@ -220,6 +273,21 @@ def check_config(config: LoraConfig) -> None:
     for rank in ranks:
         if type(rank) is not int or rank < 1:
             raise BadShape(f"the rank is a positive integer, not {rank!r}")
+
+
+def _check_parameters(config: LoraConfig) -> None:
+    for there, label in (
+        (config.use_dora, "DoRA (use_dora)"),
+        (config.lora_dropout, f"lora_dropout={config.lora_dropout}"),
+        (config.lora_bias, "lora_bias"),
+        (config.fan_in_fan_out, "fan_in_fan_out"),
+        (config.init_lora_weights in ("eva", "orthogonal"), f"init_lora_weights={config.init_lora_weights!r}"),
+    ):
+        if there:
+            raise UnsupportedOperation(
+                f"{label} does not go together with target_parameters, in PEFT either: leave it out, or put the adapters on "
+                "linear layers alone"
+            )
 
 
 def _check_pooling(config: LoraConfig) -> None:
@@ -256,7 +324,7 @@ def check_groups(model: nn.Module, config: LoraConfig) -> None:
             inside += (name + ".",)
             module = module.get_base_layer()
         hit = check_target_module_exists(config, name)
-        if not hit or type(hit).__name__ == "_ExcludedModule":
+        if not hit or type(hit).__name__ == "_ExcludedModule" or isinstance(module, PackedExperts):
             continue
         if not _quantized(module) and not is_float_linear(module):
             raise UnsupportedOperation(
@@ -302,7 +370,7 @@ def check_saved_modules(model: nn.Module, config: LoraConfig, targets: Iterable[
     for name, module in model.named_modules():
         if not name.endswith(saved):
             continue
-        inside = (n for n, m in module.named_modules(prefix=name) if n in targets or _quantized(m))
+        inside = (n for n, m in module.named_modules(prefix=name) if n in targets or quantizer_of(m) is not None)
         hit = next(inside, None)
         if hit is not None:
             raise UnsupportedOperation(
@@ -312,10 +380,10 @@ def check_saved_modules(model: nn.Module, config: LoraConfig, targets: Iterable[
 
 
 def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
-    """The linear layers that `config` would adapt, with their rank: name → r.
+    """The linear layers and fused experts that `config` would adapt, with their rank: name → r.
 
     Raises:
-        NoTargets: it matches none.
+        NoTargets: it matches none, or its target_parameters no parameter.
         BadShape: a rank larger than a layer.
     """
     from peft.utils.other import get_pattern_key
@@ -331,7 +399,7 @@ def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
             hit = check_target_module_exists(config, name)
         except re.error as error:
             raise BadOption(f"the adapter config holds a pattern that is no regular expression: {error}") from error
-        if not hit or type(hit).__name__ == "_ExcludedModule":
+        if not hit or type(hit).__name__ == "_ExcludedModule" or isinstance(module, PackedExperts):
             continue
         if not _quantized(module) and not is_float_linear(module):
             if not isinstance(module, _ADAPTABLE) and type(module).__module__.startswith(("torch.", "transformers.")):
@@ -347,11 +415,44 @@ def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
         if rank > min(shape):
             raise BadShape(f"rank {rank} is larger than {name}, whose weight is {shape[0]} × {shape[1]}")
         found[name] = rank
-    if not found and not other and not config.target_parameters:
+    if config.target_parameters:
+        found |= _targeted_parameters(model, config)
+    elif not found and not other:
         some = [n for n, m in model.named_modules() if _quantized(m) or is_float_linear(m)][:4]
         raise NoTargets(
             f"target_modules={config.target_modules!r} matches no layer; this model has, among others, {', '.join(some)}; "
             "'all-linear' takes all of them"
+        )
+    return found
+
+
+def _targeted_parameters(model: nn.Module, config: LoraConfig) -> dict[str, int]:
+    """The fused experts, packed or float, that `target_parameters` takes in, with their rank."""
+    from peft.utils.other import get_pattern_key
+
+    shapes = {name: stack.handle.shape for name, stack in packed_weights(model)}
+    others = 0
+    for where, module in model.named_modules():
+        fused = fused_parameters(module)
+        for key, parameter in module._parameters.items():
+            name = f"{where.replace('.base_layer', '')}.{key}"
+            if key in fused:
+                shapes[name] = as_stack(parameter, module.is_transposed).shape
+            elif parameter is not None and not isinstance(module, PackedExperts):
+                others += matches(name, config.target_parameters)
+    found = {}
+    for name, shape in shapes.items():
+        if not matches(name, config.target_parameters):
+            continue
+        key = get_pattern_key(config.rank_pattern.keys(), name) if config.rank_pattern else None
+        rank = (config.rank_pattern or {}).get(key, config.r)
+        if rank > min(shape[1:]):
+            raise BadShape(f"rank {rank} is larger than an expert of {name}, whose weight is {shape[1]} × {shape[2]}")
+        found[name] = rank
+    if not found and not others:
+        raise NoTargets(
+            f"target_parameters={sorted(config.target_parameters)} matches no parameter of this model; its fused experts are "
+            f"{', '.join(list(shapes)[:4]) or 'none'}"
         )
     return found
 
