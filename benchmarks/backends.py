@@ -60,6 +60,8 @@ SPECS = (
     "quanto:format=int4",
     "quanto:format=float8",
     "eetq",
+    "fp8",
+    "fp8:scaling=row",
     "torchao",
     "torchao:format=float8",
     "torchao:format=int,bits=4,group_size=64",

@@ -53,6 +53,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.awq import AWQ
     from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
     from qft.backends.eetq import EETQ
+    from qft.backends.fp8 import FP8
     from qft.backends.gptq import GPTQ
     from qft.backends.hqq import HQQ
     from qft.backends.quanto import Quanto
@@ -66,6 +67,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AWQ",
     "EETQ",
+    "FP8",
     "GPTQ",
     "HQQ",
     "QERA",
@@ -134,6 +136,7 @@ __all__ = [
 _LAZY = {
     "AWQ": "qft.backends.awq",
     "EETQ": "qft.backends.eetq",
+    "FP8": "qft.backends.fp8",
     "GPTQ": "qft.backends.gptq",
     "HQQ": "qft.backends.hqq",
     "Quanto": "qft.backends.quanto",

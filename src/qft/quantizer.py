@@ -298,6 +298,10 @@ class Quantizer(ABC):
             )
         return self
 
+    def transformers_reads(self, shape: tuple[int, ...]) -> bool:
+        """Whether transformers' own loader of the format reads a weight of this shape right."""
+        return True
+
     def transformers_config(self, skipped: list[str], dtype: torch.dtype | None) -> Any | None:
         """transformers' own config object for a model in this format, where there is one, else None.
 

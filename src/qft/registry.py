@@ -58,6 +58,7 @@ _entries: dict[str, Entry] = {
         "qft.backends.awq:AWQ", {}, ("autoawq",), "4 bits in AWQ's layout, ranges and codes by calibration data"
     ),
     "eetq": Entry("qft.backends.eetq:EETQ", {}, (), "int8, a scale a row, in EETQ's layout, without its kernels"),
+    "fp8": Entry("qft.backends.fp8:FP8", {}, ("finegrained_fp8",), "float8 with a scale a block, a row or a weight"),
     "gptq": Entry(
         "qft.backends.gptq:GPTQ", {}, ("gptqmodel", "auto-gptq"), "GPTQ, 2, 3, 4 or 8 bits, its checkpoints' own layout"
     ),

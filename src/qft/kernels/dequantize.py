@@ -92,16 +92,19 @@ def rows(
     """int8, float8_e4m3fn or float8_e5m2 (out_features, in_features) times a scale a row: `code * (scale / divisor)`.
 
     Args:
-        scale: float (out_features,) or (out_features, 1).
+        scale: float (out_features,) or (out_features, groups), for as many groups in a row.
         round_product: to the dtype of `scale`, before it goes to the result's; else computed in float32.
     """
     kinds = {torch.int8: "int8", torch.float8_e4m3fn: "float8", torch.float8_e5m2: "float8_e5m2"}
     kind, shape = kinds.get(qweight.dtype), tuple(qweight.shape)
-    if kind is None or shape[-1] % UNIT or scale.numel() != shape[0] or not fits([qweight, scale], shape, dtype, out):
+    groups = 1 if scale.dim() < 2 else scale.shape[1]
+    if kind is None or shape[-1] % groups or shape[-1] // groups % UNIT or scale.numel() != shape[0] * groups:
+        return None
+    if not fits([qweight, scale], shape, dtype, out):
         return None
     codes = qweight if kind == "int8" else qweight.view(torch.uint8)  # triton knows float8 on newer devices only
     return _stream(
-        codes, scale, None, shape, dtype, out, kind=kind, bits=8, size=shape[-1], nbytes=qweight.numel(),
+        codes, scale, None, shape, dtype, out, kind=kind, bits=8, size=shape[-1] // groups, nbytes=qweight.numel(),
         round_product=round_product, divisor=divisor,
     )  # fmt: skip
 
