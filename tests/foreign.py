@@ -2,6 +2,7 @@
 
 import copy
 import json
+from math import prod
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from twins import both_errors, dequantized_copy, fill, quantized, share, stock
 
 import qft
+from qft.audit import layer_bytes as audit_bytes
 
 LORA = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")
 
@@ -23,6 +25,14 @@ def edit(folder, change):
     tensors = load_file(file)
     change(tensors)
     save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def without(key):
+    return lambda tensors: tensors.pop(key)
+
+
+def with_tensor(key, value):
+    return lambda tensors: tensors.__setitem__(key, value(tensors.get(key)))
 
 
 def edit_config(folder, **changes):
@@ -68,14 +78,17 @@ def stands(folder, spec, expected, tmp_path, builder=llama, dtype=torch.float32,
     for name, _, quantizer, handle in layers if expected is not None else ():
         own = {k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")}
         wanted = expected(name, own)
-        assert torch.equal(quantizer.dequantize(handle, dtype=wanted.dtype), wanted), name
+        found = quantizer.dequantize(handle, dtype=wanted.dtype)
+        assert torch.equal(found, wanted), name
     twin = builder(dtype)
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if k in twin.state_dict()}, strict=False)
     dequantized_copy(model, twin)
     plain = logits(model)
     assert relative(plain, logits(twin)) < bound
     for name, module, quantizer, handle in layers:
-        assert sum(t.numel() * t.element_size() for t in module.packed.values()) == quantizer.nbytes(handle.shape), name
+        template = quantizer.template(handle.shape, module.dtype)
+        assert {n: (tuple(t.shape), t.dtype) for n, t in module.packed.items()} == template, name
+        assert audit_bytes(module) == sum(prod(sizes) * kind.itemsize for sizes, kind in template.values()), name
     again = tmp_path / "again"
     model.save_pretrained(again)
     assert torch.equal(logits(loaded(again, spec, dtype)), plain)

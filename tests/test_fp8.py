@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foreign import LORA, edit, edit_config, loaded, plainly, stands, written
+from foreign import LORA, edit, edit_config, loaded, plainly, stands, with_tensor, without, written
 from helpers import refuses
 from models import llama, logits, relative, train_a_little
 from torch import nn
@@ -153,14 +153,6 @@ def test_odd_shapes_keep_our_own_method(tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "qft"
     assert torch.equal(logits(loaded(tmp_path, "fp8:block_rows=64,block_columns=64")), expected)
-
-
-def without(key):
-    return lambda tensors: tensors.pop(key)
-
-
-def with_tensor(key, value):
-    return lambda tensors: tensors.__setitem__(key, value(tensors.get(key)))
 
 
 @pytest.mark.parametrize(

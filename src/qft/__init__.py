@@ -52,10 +52,12 @@ if _typing.TYPE_CHECKING:
     from qft import testing
     from qft.backends.awq import AWQ
     from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
+    from qft.backends.compressed_tensors import CompressedTensors
     from qft.backends.eetq import EETQ
     from qft.backends.fp8 import FP8
     from qft.backends.gptq import GPTQ
     from qft.backends.hqq import HQQ
+    from qft.backends.mxfp4 import MXFP4
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
@@ -70,6 +72,7 @@ __all__ = [
     "FP8",
     "GPTQ",
     "HQQ",
+    "MXFP4",
     "QERA",
     "AdapterInit",
     "AdapterMismatch",
@@ -82,6 +85,7 @@ __all__ = [
     "BitsAndBytes8bit",
     "Calibration",
     "Capabilities",
+    "CompressedTensors",
     "InitReport",
     "LoftQ",
     "MergeReport",
@@ -135,10 +139,12 @@ __all__ = [
 
 _LAZY = {
     "AWQ": "qft.backends.awq",
+    "CompressedTensors": "qft.backends.compressed_tensors",
     "EETQ": "qft.backends.eetq",
     "FP8": "qft.backends.fp8",
     "GPTQ": "qft.backends.gptq",
     "HQQ": "qft.backends.hqq",
+    "MXFP4": "qft.backends.mxfp4",
     "Quanto": "qft.backends.quanto",
     "PackingCollator": "qft.packing",
     "Reference": "qft.backends.reference",

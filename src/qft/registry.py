@@ -58,11 +58,18 @@ _entries: dict[str, Entry] = {
         "qft.backends.awq:AWQ", {}, ("autoawq",), "4 bits in AWQ's layout, ranges and codes by calibration data"
     ),
     "eetq": Entry("qft.backends.eetq:EETQ", {}, (), "int8, a scale a row, in EETQ's layout, without its kernels"),
+    "compressed-tensors": Entry(
+        "qft.backends.compressed_tensors:CompressedTensors",
+        {},
+        ("compressed_tensors",),
+        "integers of 2 to 8 bits and float8 in compressed-tensors' layouts (llm-compressor, vLLM)",
+    ),
     "fp8": Entry("qft.backends.fp8:FP8", {}, ("finegrained_fp8",), "float8 with a scale a block, a row or a weight"),
     "gptq": Entry(
         "qft.backends.gptq:GPTQ", {}, ("gptqmodel", "auto-gptq"), "GPTQ, 2, 3, 4 or 8 bits, its checkpoints' own layout"
     ),
     "hqq": Entry("qft.backends.hqq:HQQ", {}, (), "integers of 1 to 8 bits, zero points fitted, no data (HQQ)"),
+    "mxfp4": Entry("qft.backends.mxfp4:MXFP4", {}, (), "E2M1 with a power of two for 32 weights (OCP MX)"),
     "quanto": Entry(
         "qft.backends.quanto:Quanto", {}, ("optimum-quanto",), "int2, int4, int8 and float8 (optimum-quanto)"
     ),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qft import kernels
+from qft.bits import in_blocks, out_of_blocks, scales_for_rows, times_blocks
 from qft.errors import BadOption, UnsupportedOperation
 from qft.packed import PackedLinear, TensorQuantizer
 from qft.quantizer import Capabilities
@@ -105,9 +106,9 @@ class FP8(TensorQuantizer):
     ) -> Tensor:
         codes, scale = packed["qweight"], packed[self._scale]
         block = self._block(shape)
-        if kernels.usable(codes) and (self.scaling == "row" or shape[1] % block[1] == 0):
+        if kernels.usable(codes) and shape[1] % block[1] == 0:
             # a scale for each row of a block: a 128th of the weight, and the kernel reads it in order
-            wide = scale.float().reshape(-1, 1) if self.scaling == "row" else _for_rows(scale, shape, block)
+            wide = scales_for_rows(scale.float(), shape, block)
             value = kernels.rows(codes, wide, dtype=dtype, out=out)
             if value is not None:
                 return value
@@ -193,9 +194,7 @@ def quantized(weight: Tensor, block: tuple[int, int], *, powers: bool = False) -
 
     Scales are float32, or with `powers` float8_e8m0fnu.
     """
-    rows, columns = weight.shape[-2:]
-    padded = nn.functional.pad(weight.float(), (0, -columns % block[1], 0, -rows % block[0]))
-    blocks = padded.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+    blocks = in_blocks(weight.float(), block)
     largest = blocks.abs().amax((-3, -1))
     factor = LARGEST / torch.where(largest > 0, largest, LARGEST).clamp(min=_SMALLEST)
     scale = 1.0 / factor
@@ -203,28 +202,12 @@ def quantized(weight: Tensor, block: tuple[int, int], *, powers: bool = False) -
         scale = torch.exp2(torch.ceil(torch.log2(scale))).to(torch.float8_e8m0fnu)
         factor = 1.0 / scale.float()
     codes = (blocks * factor[..., :, None, :, None]).clamp_(-LARGEST, LARGEST).to(CODES)
-    return codes.flatten(-2).flatten(-3, -2)[..., :rows, :columns].contiguous(), scale
+    return out_of_blocks(codes, weight.shape), scale
 
 
 def dequantized(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """Floats (..., out, in), float32: the inverse of `quantized`."""
-    value = codes.float()
-    columns = codes.shape[-1]
-    if scale.dim() < 2:
-        return value.mul_(scale.float())
-    wide = _for_rows(scale, codes.shape, block)
-    whole = columns // block[1] * block[1]
-    value[..., :whole].unflatten(-1, (-1, block[1])).mul_(wide[..., : whole // block[1], None])
-    if whole < columns:
-        value[..., whole:].mul_(wide[..., -1:])
-    return value
-
-
-def _for_rows(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
-    """Scales of blocks as float32 (..., out, blocks a row)."""
-    if scale.dim() < 2:
-        scale = scale.reshape(1, 1)
-    return scale.float().repeat_interleave(block[0], dim=-2)[..., : shape[-2], :].contiguous()
+    return times_blocks(codes.float(), scale.float(), block)
 
 
 def _floats(module: nn.Module) -> nn.Linear:

@@ -55,11 +55,13 @@ def integers(
     shape: Sequence[int],
     dtype: torch.dtype,
     out: Tensor | None = None,
+    round_product: bool = False,
 ) -> Tensor | None:
     """Integers of 2 to 8 bits as `pack_bits` packs the flattened weight: `(code - zero_point) * scale`, in float32.
 
     `packed` holds "qweight", "scale" and, without `symmetric`, "zero_point"; constants in 8 bits with theirs, as
-    `pack_constants` leaves them.
+    `pack_constants` leaves them. With `round_product` the product goes to the dtype of "scale" before it goes to the
+    result's.
     """
     qweight, scale = packed["qweight"], packed["scale"]
     n, groups = prod(shape), scale.numel()
@@ -76,7 +78,7 @@ def integers(
     kind = "symmetric" if symmetric else "affine"
     return _stream(
         qweight, scale, zero, shape, dtype, out, kind=kind, bits=bits, size=n // groups, nbytes=qweight.numel(),
-        double=double, zero_double=zero_double,
+        double=double, zero_double=zero_double, round_product=round_product,
     )  # fmt: skip
 
 
