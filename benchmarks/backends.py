@@ -63,6 +63,7 @@ SPECS = (
     "fp8",
     "fp8:scaling=row",
     "mxfp4",
+    "bitnet",
     "compressed-tensors:group_size=64",
     "compressed-tensors:group_size=64,symmetric=false",
     "torchao",

@@ -51,6 +51,7 @@ from qft.transferring import transfer
 if _typing.TYPE_CHECKING:
     from qft import testing
     from qft.backends.awq import AWQ
+    from qft.backends.bitnet import BitNet
     from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
     from qft.backends.compressed_tensors import CompressedTensors
     from qft.backends.eetq import EETQ
@@ -81,6 +82,7 @@ __all__ = [
     "BadFolder",
     "BadOption",
     "BadShape",
+    "BitNet",
     "BitsAndBytes4bit",
     "BitsAndBytes8bit",
     "Calibration",
@@ -139,6 +141,7 @@ __all__ = [
 
 _LAZY = {
     "AWQ": "qft.backends.awq",
+    "BitNet": "qft.backends.bitnet",
     "CompressedTensors": "qft.backends.compressed_tensors",
     "EETQ": "qft.backends.eetq",
     "FP8": "qft.backends.fp8",
