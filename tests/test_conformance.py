@@ -26,6 +26,8 @@ SPECS = [
     "compressed-tensors",
     "compressed-tensors:bits=3,group_size=32,symmetric=false",
     "mxfp4",
+    "gguf",
+    "gguf:type=Q5_1",
     "gptq",
     "gptq:bits=3,group_size=32,desc_act=true",
     "hqq",

@@ -56,6 +56,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.compressed_tensors import CompressedTensors
     from qft.backends.eetq import EETQ
     from qft.backends.fp8 import FP8
+    from qft.backends.gguf import GGUF
     from qft.backends.gptq import GPTQ
     from qft.backends.hqq import HQQ
     from qft.backends.mxfp4 import MXFP4
@@ -71,6 +72,7 @@ __all__ = [
     "AWQ",
     "EETQ",
     "FP8",
+    "GGUF",
     "GPTQ",
     "HQQ",
     "MXFP4",
@@ -145,6 +147,7 @@ _LAZY = {
     "CompressedTensors": "qft.backends.compressed_tensors",
     "EETQ": "qft.backends.eetq",
     "FP8": "qft.backends.fp8",
+    "GGUF": "qft.backends.gguf",
     "GPTQ": "qft.backends.gptq",
     "HQQ": "qft.backends.hqq",
     "MXFP4": "qft.backends.mxfp4",

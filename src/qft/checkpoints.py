@@ -21,7 +21,7 @@ from qft import hf
 from qft.errors import BadFolder, BadOption, QftError
 from qft.packed import TensorQuantizer
 from qft.quantizer import is_conv1d
-from qft.registry import folder_reader, from_config
+from qft.registry import file_reader, folder_reader, from_config
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
@@ -120,7 +120,7 @@ def _read(path: str, options: Mapping[str, Any], key: str) -> torch.Tensor:
 
 
 def tool_folder(path: str, config: Any, cls: type, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `from_pretrained` wants for a local folder that a backend's own tool wrote: config, state dict and dtype.
+    """What `from_pretrained` wants for a folder or file that a backend's own tool wrote: config, state dict and dtype.
 
     None for any other folder.
 
@@ -129,9 +129,13 @@ def tool_folder(path: str, config: Any, cls: type, options: Mapping[str, Any]) -
         UnsupportedOperation: layers that the backend does not read.
     """
     folder = Path(path, options.get("subfolder") or "")
-    backend = folder_reader(folder)
+    backend = file_reader(options) or folder_reader(folder)
     if backend is None:
         return None
+    if backend.file_option is not None and options.get(backend.file_option) is not None:
+        folder = folder / options[backend.file_option]
+        if not folder.is_file():
+            raise BadFolder(f"there is no file {folder}")
     with torch.device("meta"):
         skeleton = cls(config)
     layers, state = backend.read_folder(folder, skeleton)

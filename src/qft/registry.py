@@ -66,6 +66,7 @@ _entries: dict[str, Entry] = {
         "integers of 2 to 8 bits and float8 in compressed-tensors' layouts (llm-compressor, vLLM)",
     ),
     "fp8": Entry("qft.backends.fp8:FP8", {}, ("finegrained_fp8",), "float8 with a scale a block, a row or a weight"),
+    "gguf": Entry("qft.backends.gguf:GGUF", {}, (), "llama.cpp's blocks, as a GGUF file has them"),
     "gptq": Entry(
         "qft.backends.gptq:GPTQ", {}, ("gptqmodel", "auto-gptq"), "GPTQ, 2, 3, 4 or 8 bits, its checkpoints' own layout"
     ),
@@ -291,6 +292,11 @@ def from_config(config: Mapping[str, Any]) -> Quantizer | None:
 def folder_reader(folder: Path) -> type[Quantizer] | None:
     """The backend whose own tool wrote a folder, by its `folder_marks`, or None."""
     return next((b for b in _loaded() if any((folder / mark).is_file() for mark in b.folder_marks)), None)
+
+
+def file_reader(options: Mapping[str, Any]) -> type[Quantizer] | None:
+    """The backend whose file the options of `from_pretrained` name, or None."""
+    return next((b for b in _loaded() if b.file_option is not None and options.get(b.file_option) is not None), None)
 
 
 def _loaded() -> list[type[Quantizer]]:
