@@ -50,6 +50,7 @@ from qft.transferring import transfer
 
 if _typing.TYPE_CHECKING:
     from qft import testing
+    from qft.backends.auto_round import AutoRound
     from qft.backends.awq import AWQ
     from qft.backends.bitnet import BitNet
     from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
@@ -81,6 +82,7 @@ __all__ = [
     "AdapterMismatch",
     "AlreadyQuantized",
     "Audit",
+    "AutoRound",
     "BadFolder",
     "BadOption",
     "BadShape",
@@ -143,6 +145,7 @@ __all__ = [
 
 _LAZY = {
     "AWQ": "qft.backends.awq",
+    "AutoRound": "qft.backends.auto_round",
     "BitNet": "qft.backends.bitnet",
     "CompressedTensors": "qft.backends.compressed_tensors",
     "EETQ": "qft.backends.eetq",

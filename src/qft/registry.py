@@ -58,6 +58,9 @@ _entries: dict[str, Entry] = {
         "qft.backends.awq:AWQ", {}, ("autoawq",), "4 bits in AWQ's layout, ranges and codes by calibration data"
     ),
     "eetq": Entry("qft.backends.eetq:EETQ", {}, (), "int8, a scale a row, in EETQ's layout, without its kernels"),
+    "auto-round": Entry(
+        "qft.backends.auto_round:AutoRound", {}, ("auto_round",), "integers in the layout of auto-round's checkpoints"
+    ),
     "bitnet": Entry("qft.backends.bitnet:BitNet", {}, (), "ternary weights with one scale (BitNet b1.58)"),
     "compressed-tensors": Entry(
         "qft.backends.compressed_tensors:CompressedTensors",
