@@ -49,6 +49,7 @@ SPECS = [
     "reference:format=int,bits=6,group_size=8",
     "reference:format=int,bits=7,group_size=32,double_quant=true",
     "reference:format=int,bits=8,group_size=32,symmetric=true",
+    "reference:format=int,bits=3,group_size=32,scaling=sinq",
 ]
 
 MAX_ERROR = {"fp8": 0.03}
