@@ -21,7 +21,9 @@ import qft
 from qft import kernels
 from qft.backends.awq import AWQ
 from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
+from qft.backends.compressed_tensors import CompressedTensors
 from qft.backends.eetq import EETQ
+from qft.backends.fp8 import FP8
 from qft.backends.gptq import GPTQ
 from qft.backends.hqq import HQQ
 from qft.backends.quanto import Quanto
@@ -199,6 +201,41 @@ def test_quanto_parts(format, size, shape, dtype, launched):
 def test_quanto_rows(format, shape, dtype, launched):
     quantizer = Quanto(format=format)
     agree(quantizer, quantizer.pack(weight(shape, dtype)), shape, launched, "stream")
+
+
+@on_device
+@pytest.mark.parametrize("format", ["float", "ue8m0"])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 40), (128, 200), (1, 8)])
+def test_fp8_blocks(format, rows, columns, launched):
+    quantizer = FP8(block_rows=rows, block_columns=columns, scale_format=format)
+    agree(quantizer, quantizer.pack(weight((33, 200))), (33, 200), launched, "stream")
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"group_size": 32},
+        {"group_size": 16, "symmetric": False},
+        {"bits": 3, "group_size": 32, "symmetric": False},
+        {"bits": 8, "strategy": "channel"},
+        {"strategy": "tensor"},
+        {"bits": 8, "format": "int-quantized", "strategy": "tensor"},
+        {"bits": 8, "format": "float-quantized", "type": "float", "strategy": "channel"},
+    ],
+    ids=repr,
+)
+def test_compressed_tensors(options, dtype, launched):
+    quantizer = CompressedTensors(**options)
+    agree(quantizer, quantizer.pack(weight((33, 96), dtype)), (33, 96), launched, "stream")
+
+
+@on_device
+@pytest.mark.parametrize("scaling", ["row", "tensor"])
+def test_fp8_rows_and_whole(scaling, launched):
+    quantizer = FP8(scaling=scaling)
+    agree(quantizer, quantizer.pack(weight((33, 200))), (33, 200), launched, "stream")
 
 
 @on_device
@@ -437,6 +474,7 @@ def test_rounding_with_feedback(order, size, monkeypatch):
         (Quanto(format="int4"), "parts"),
         (Quanto(format="int8"), "stream"),
         (Quanto(format="float8"), "stream"),
+        (FP8(), "stream"),
         (EETQ(), "eetq"),
         (Reference(), "stream"),
         (Reference(format="fp4", double_quant=True), "stream"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import Rows, run_python
 from models import llama, logits, plain, relative
-from transformers import BitNetQuantConfig, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, HiggsConfig
 
 import qft
 from qft import registry
@@ -25,9 +25,10 @@ PUBLIC = {
     "prepare_model_for_kbit_training quantize quantize_and_wrap register_init register_quantizer save transfer unmerge",
     "unoptimize wrap",
     # what they take and give
-    "AWQ AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities EETQ GPTQ HQQ InitReport",
-    "LoftQ MergeReport OLoRA PackedLinear PackingCollator PiSSA QERA QERAFull Quanto QuantizedWeight Quantizer",
-    "QuantizerInfo Reference Statistics TensorQuantizer TorchAO TransferReport",
+    "AWQ AdapterInit Audit AutoRound",
+    "BitNet BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities CompressedTensors EETQ FP8 GGUF",
+    "GPTQ HQQ InitReport LoftQ MXFP4 MergeReport OLoRA PackedLinear PackingCollator PiSSA QERA QERAFull Quanto",
+    "QuantizedWeight Quantizer QuantizerInfo Reference Statistics TensorQuantizer TorchAO TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",
     "NoTargets NonFiniteWeights PartlyQuantized QftError QftWarning UnknownQuantizer UnsupportedDevice",
@@ -253,7 +254,7 @@ def test_configs_that_quantize_nothing_or_have_no_backend_are_refused():
         qft.get_quantizer(BitsAndBytesConfig())
     with pytest.raises(qft.BadOption, match="nothing would be quantized"):
         qft.get_quantizer(BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True))
-    for config in (BitNetQuantConfig(),):
+    for config in (HiggsConfig(),):
         with pytest.raises(qft.UnknownQuantizer, match=f"{type(config).__name__}.*known: nf4"):
             qft.get_quantizer(config)
 

@@ -50,11 +50,17 @@ from qft.transferring import transfer
 
 if _typing.TYPE_CHECKING:
     from qft import testing
+    from qft.backends.auto_round import AutoRound
     from qft.backends.awq import AWQ
+    from qft.backends.bitnet import BitNet
     from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
+    from qft.backends.compressed_tensors import CompressedTensors
     from qft.backends.eetq import EETQ
+    from qft.backends.fp8 import FP8
+    from qft.backends.gguf import GGUF
     from qft.backends.gptq import GPTQ
     from qft.backends.hqq import HQQ
+    from qft.backends.mxfp4 import MXFP4
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
@@ -66,20 +72,26 @@ __version__ = "0.1.0"
 __all__ = [
     "AWQ",
     "EETQ",
+    "FP8",
+    "GGUF",
     "GPTQ",
     "HQQ",
+    "MXFP4",
     "QERA",
     "AdapterInit",
     "AdapterMismatch",
     "AlreadyQuantized",
     "Audit",
+    "AutoRound",
     "BadFolder",
     "BadOption",
     "BadShape",
+    "BitNet",
     "BitsAndBytes4bit",
     "BitsAndBytes8bit",
     "Calibration",
     "Capabilities",
+    "CompressedTensors",
     "InitReport",
     "LoftQ",
     "MergeReport",
@@ -133,9 +145,15 @@ __all__ = [
 
 _LAZY = {
     "AWQ": "qft.backends.awq",
+    "AutoRound": "qft.backends.auto_round",
+    "BitNet": "qft.backends.bitnet",
+    "CompressedTensors": "qft.backends.compressed_tensors",
     "EETQ": "qft.backends.eetq",
+    "FP8": "qft.backends.fp8",
+    "GGUF": "qft.backends.gguf",
     "GPTQ": "qft.backends.gptq",
     "HQQ": "qft.backends.hqq",
+    "MXFP4": "qft.backends.mxfp4",
     "Quanto": "qft.backends.quanto",
     "PackingCollator": "qft.packing",
     "Reference": "qft.backends.reference",

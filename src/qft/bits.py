@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -59,6 +59,37 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
 def in_groups(weight: Tensor, size: int, axis: int = 1) -> Tensor:
     """A weight of n elements as a matrix of groups: rows `(n / size, size)`, or with axis 0 columns `(size, n / size)`."""
     return weight.reshape(-1, size) if axis == 1 else weight.reshape(size, -1)
+
+
+def in_blocks(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """A weight (..., out, in) as blocks (..., rows of blocks, block[0], blocks a row, block[1]), zeros at the edges."""
+    rows, columns = weight.shape[-2:]
+    whole = torch.nn.functional.pad(weight, (0, -columns % block[1], 0, -rows % block[0]))
+    return whole.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+
+
+def out_of_blocks(blocks: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `in_blocks`: a contiguous weight of `shape`."""
+    return blocks.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]].contiguous()
+
+
+def scales_for_rows(scale: Tensor, shape: Sequence[int], block: tuple[int, int]) -> Tensor:
+    """Scales of blocks, any number of dimensions below two for a whole weight, as (..., out, blocks a row)."""
+    if scale.dim() < 2:
+        scale = scale.reshape(1, 1)
+    return scale.repeat_interleave(block[0], dim=-2)[..., : shape[-2], :].contiguous()
+
+
+def times_blocks(value: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """`value` (..., out, in), multiplied in place with the scales of its blocks (..., rows of blocks, blocks a row)."""
+    if scale.dim() < 2:
+        return value.mul_(scale)
+    wide = scales_for_rows(scale, value.shape, block)
+    whole = value.shape[-1] // block[1] * block[1]
+    value[..., :whole].unflatten(-1, (-1, block[1])).mul_(wide[..., : whole // block[1], None])
+    if whole < value.shape[-1]:
+        value[..., whole:].mul_(wide[..., -1:])
+    return value
 
 
 def codes_per_word(bits: int, word: torch.dtype = torch.uint8) -> int:

@@ -21,13 +21,13 @@ from qft import hf
 from qft.errors import BadFolder, BadOption, QftError
 from qft.packed import TensorQuantizer
 from qft.quantizer import is_conv1d
-from qft.registry import folder_reader, from_config
+from qft.registry import file_reader, folder_reader, from_config
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
            "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn",
-           "F8_E5M2": "float8_e5m2"}  # fmt: skip
+           "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
 
 
 def tensors_of(path: str, options: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -120,7 +120,7 @@ def _read(path: str, options: Mapping[str, Any], key: str) -> torch.Tensor:
 
 
 def tool_folder(path: str, config: Any, cls: type, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `from_pretrained` wants for a local folder that a backend's own tool wrote: config, state dict and dtype.
+    """What `from_pretrained` wants for a folder or file that a backend's own tool wrote: config, state dict and dtype.
 
     None for any other folder.
 
@@ -129,9 +129,13 @@ def tool_folder(path: str, config: Any, cls: type, options: Mapping[str, Any]) -
         UnsupportedOperation: layers that the backend does not read.
     """
     folder = Path(path, options.get("subfolder") or "")
-    backend = folder_reader(folder)
+    backend = file_reader(options) or folder_reader(folder)
     if backend is None:
         return None
+    if backend.file_option is not None and options.get(backend.file_option) is not None:
+        folder = folder / options[backend.file_option]
+        if not folder.is_file():
+            raise BadFolder(f"there is no file {folder}")
     with torch.device("meta"):
         skeleton = cls(config)
     layers, state = backend.read_folder(folder, skeleton)
@@ -160,6 +164,11 @@ def _without_quantization(config: Any) -> Any:
     return config
 
 
+def _wide_float(dtype: torch.dtype) -> bool:
+    """Whether a tensor of `dtype` holds floats, not codes."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 class _Layers:
     """The quantized layers of a checkpoint, matched with the linear layers of its model."""
 
@@ -175,7 +184,7 @@ class _Layers:
             self.held.setdefault(key.rpartition(".")[0], set()).add(key.rpartition(".")[2])
         codes = self._stored("qweight")
         owners = {key.removesuffix(f".{codes}") for key, (_, d) in tensors.items()
-                  if key.endswith(f".{codes}") and not (codes == "weight" and d.is_floating_point)}  # fmt: skip
+                  if key.endswith(f".{codes}") and not (codes == "weight" and _wide_float(d))}  # fmt: skip
         base = getattr(model, "base_model_prefix", "") or ""
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear) and not is_conv1d(module):
@@ -210,7 +219,7 @@ class _Layers:
                 raise BadFolder(f"{self.path} lacks {stored}: the checkpoint is incomplete, or of another format")
             found_shape, found_kind = tensors[stored]
             if found_shape != tuple(shape) or (
-                found_kind != kind and not (kind.is_floating_point and found_kind.is_floating_point)
+                found_kind != kind and not (_wide_float(kind) and _wide_float(found_kind))
             ):
                 raise BadFolder(
                     f"{stored} in {self.path} is {found_kind} {found_shape}, and {self.quantizer!r} keeps {kind} "

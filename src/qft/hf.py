@@ -286,8 +286,11 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
         return
     quantizers = list(dict.fromkeys(record.quantizers.values()))
     described: Any = None
-    fits = all(q.config_conv1d for q in quantizers) or not any(
-        getattr(m, "kind", None) == "conv1d" for _, m in bare_layers(model) if isinstance(m, PackedLinear)
+    layers = [m for _, m in bare_layers(model) if isinstance(m, PackedLinear)]
+    fits = all(
+        (m.kind != "conv1d" or m.quantizer.config_conv1d)
+        and m.quantizer.transformers_reads((m.out_features, m.in_features))
+        for m in layers
     )
     fits = fits and not any(isinstance(m, PackedExperts) for m in model.modules())
     if len(quantizers) == 1 and fits:  # the backend's own format, where it has one that others read

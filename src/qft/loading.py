@@ -18,7 +18,7 @@ from qft import hf, marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
 from qft.experts import as_stack, pack_parameter
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
-from qft.registry import folder_reader, quantizer_of
+from qft.registry import file_reader, folder_reader, quantizer_of
 from qft.selection import Selection, select, settle, target_weights
 
 TRIM_EVERY = 4 * 2**20
@@ -210,7 +210,12 @@ def load_quantized(
         config.plan = plan
         kwargs["quantization_config"] = config
     cls = model_class(path, kwargs)
-    if kwargs.get("variant") is None and "gguf_file" not in kwargs:
+    reader = file_reader(kwargs) if plan is None and needed is None else None
+    if reader is not None and reader.file_option is not None:
+        cls = _causal_class(cls, path, kwargs)
+        kwargs |= _packed(path, cls, kwargs)
+        kwargs.pop(reader.file_option)
+    elif kwargs.get("variant") is None and "gguf_file" not in kwargs:
         check_files(Path(path, kwargs.get("subfolder") or ""))
         if plan is None:
             kwargs |= _packed(path, cls, kwargs)
@@ -307,7 +312,8 @@ def read_config(path: str, options: Mapping[str, Any]) -> Any:
         return transformers.AutoConfig.from_pretrained(path, **{k: options[k] for k in names if k in options})
     except Exception as error:
         if where.exists():
-            raise BadFolder(f"{where / 'config.json'} is no model config that can be read: {_line(error)}") from error
+            file = where / (options.get("gguf_file") or "config.json")
+            raise BadFolder(f"{file} is no model config that can be read: {_line(error)}") from error
         raise BadFolder(
             f"cannot read a model from {path}: there is no such folder, and no model of that id in the cache or on the hub"
         ) from error
@@ -332,6 +338,19 @@ def model_class(path: str, options: Mapping[str, Any]) -> Any:
         if cls is not None:
             return cls
     return transformers.AutoModelForCausalLM
+
+
+def _causal_class(cls: Any, path: str, options: Mapping[str, Any]) -> Any:
+    """The class itself, where the config of a file names none."""
+    import transformers
+
+    if cls is not transformers.AutoModelForCausalLM:
+        return cls
+    config = read_config(path, options)
+    try:
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError as error:
+        raise BadFolder(f"{path} is a {type(config).__name__}, which is no causal language model") from error
 
 
 class _quiet:

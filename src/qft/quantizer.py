@@ -162,6 +162,8 @@ class Quantizer(ABC):
     model that has some quantized."""
     folder_marks: ClassVar[tuple[str, ...]] = ()
     """Files by which a folder of the backend's own tool is known; `read_folder` reads it."""
+    file_option: ClassVar[str | None] = None
+    """The option of `from_pretrained` that names a file of the format in a folder; `read_folder` is given the file."""
 
     # ---- what every backend says -------------------------------------------------------------------------
 
@@ -257,7 +259,7 @@ class Quantizer(ABC):
         """A folder of the backend's own tool: `PackedLinear`s by layer name, and the other tensors by theirs.
 
         Args:
-            folder: holds one of `folder_marks`.
+            folder: holds one of `folder_marks`; or the file that `file_option` names.
             model: the float model that it is of, on the meta device.
 
         Raises:
@@ -313,6 +315,10 @@ class Quantizer(ABC):
         there is no such form.
         """
         return None
+
+    def transformers_reads(self, shape: tuple[int, ...]) -> bool:
+        """Whether transformers' own loader of the format reads a weight of this shape right."""
+        return True
 
     def transformers_config(self, skipped: list[str], dtype: torch.dtype | None) -> Any | None:
         """transformers' own config object for a model in this format, where there is one, else None.

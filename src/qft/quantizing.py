@@ -30,7 +30,7 @@ from qft.errors import (
 from qft.experts import as_stack, pack_parameter, packed_weights
 from qft.loading import Plan, load_quantized, stored_quantization
 from qft.quantizer import OnWeight, Quantizer, code_options
-from qft.registry import Spec, parse_spec, quantizer_of
+from qft.registry import Spec, file_reader, parse_spec, quantizer_of
 from qft.selection import Selection, check_finite, select, settle, target_weights
 from qft.statistics import StatisticsKind
 
@@ -318,11 +318,15 @@ def _quantize_path(
     options: dict[str, Any],
 ) -> nn.Module:
     stored = stored_quantization(path, options)
+    chosen, reader = [q for q in spec.quantizers.values() if q is not None], file_reader(options)
+    if reader is not None and chosen and all(isinstance(q, reader) for q in chosen):
+        stored = reader.name
     if stored and on_weight is not None:
         raise NeedsOriginal(f"{path} is quantized already ({stored}), and the init needs the float weights: load those")
     if not stored:
         _check_calibration(spec, data)
-    if data is not None and not stored:  # statistics take a model that runs: it waits in host memory, block by block
+    # statistics take a model that runs, and transformers quantizes nothing out of a file of blocks: it waits in host memory
+    if (data is not None or reader is not None) and not stored:
         model = load_quantized(
             path,
             None,

@@ -58,10 +58,23 @@ _entries: dict[str, Entry] = {
         "qft.backends.awq:AWQ", {}, ("autoawq",), "4 bits in AWQ's layout, ranges and codes by calibration data"
     ),
     "eetq": Entry("qft.backends.eetq:EETQ", {}, (), "int8, a scale a row, in EETQ's layout, without its kernels"),
+    "auto-round": Entry(
+        "qft.backends.auto_round:AutoRound", {}, ("auto_round",), "integers in the layout of auto-round's checkpoints"
+    ),
+    "bitnet": Entry("qft.backends.bitnet:BitNet", {}, (), "ternary weights with one scale (BitNet b1.58)"),
+    "compressed-tensors": Entry(
+        "qft.backends.compressed_tensors:CompressedTensors",
+        {},
+        ("compressed_tensors",),
+        "integers of 2 to 8 bits and float8 in compressed-tensors' layouts (llm-compressor, vLLM)",
+    ),
+    "fp8": Entry("qft.backends.fp8:FP8", {}, ("finegrained_fp8",), "float8 with a scale a block, a row or a weight"),
+    "gguf": Entry("qft.backends.gguf:GGUF", {}, (), "llama.cpp's blocks, as a GGUF file has them"),
     "gptq": Entry(
         "qft.backends.gptq:GPTQ", {}, ("gptqmodel", "auto-gptq"), "GPTQ, 2, 3, 4 or 8 bits, its checkpoints' own layout"
     ),
     "hqq": Entry("qft.backends.hqq:HQQ", {}, (), "integers of 1 to 8 bits, zero points fitted, no data (HQQ)"),
+    "mxfp4": Entry("qft.backends.mxfp4:MXFP4", {}, (), "E2M1 with a power of two for 32 weights (OCP MX)"),
     "quanto": Entry(
         "qft.backends.quanto:Quanto", {}, ("optimum-quanto",), "int2, int4, int8 and float8 (optimum-quanto)"
     ),
@@ -282,6 +295,11 @@ def from_config(config: Mapping[str, Any]) -> Quantizer | None:
 def folder_reader(folder: Path) -> type[Quantizer] | None:
     """The backend whose own tool wrote a folder, by its `folder_marks`, or None."""
     return next((b for b in _loaded() if any((folder / mark).is_file() for mark in b.folder_marks)), None)
+
+
+def file_reader(options: Mapping[str, Any]) -> type[Quantizer] | None:
+    """The backend whose file the options of `from_pretrained` name, or None."""
+    return next((b for b in _loaded() if b.file_option is not None and options.get(b.file_option) is not None), None)
 
 
 def _loaded() -> list[type[Quantizer]]:

@@ -121,7 +121,7 @@ class GPTQ(TensorQuantizer):
             columns = weight.T.float().reshape(-1, size, weight.shape[0])
             scale, zero = self._constants(columns)
             codes = nearest(columns, scale, zero, self.bits).view(weight.shape[1], -1)
-            owner = _natural(weight.shape[1], size, weight.device)
+            owner = natural(weight.shape[1], size, weight.device)
         else:
             if statistics.second_moment is None:
                 raise BadOption('gptq: the statistics hold no second moments: gather the kind "full"')
@@ -264,8 +264,8 @@ class GPTQ(TensorQuantizer):
         if int(owner.min()) < 0 or int(owner.max()) >= groups:
             raise BadFolder(f"{name}.g_idx names groups that there are not ({groups} are): the model is damaged")
         quantizer = self._as_stored(name, layer)
-        natural = _natural(layer.in_features, self._group_size((layer.out_features, layer.in_features)), owner.device)
-        if not self.desc_act and not torch.equal(owner, natural):
+        size = self._group_size((layer.out_features, layer.in_features))
+        if not self.desc_act and not torch.equal(owner, natural(layer.in_features, size, owner.device)):
             quantizer = replace(quantizer, desc_act=True)
         layer.quantizer = quantizer
 
@@ -320,5 +320,6 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return pack_bits(whole, bits).view(torch.int32).view(rows, -1)
 
 
-def _natural(columns: int, size: int, device: torch.device) -> Tensor:
+def natural(columns: int, size: int, device: torch.device) -> Tensor:
+    """`g_idx` of groups that follow each other, int32 (in,)."""
     return torch.arange(columns, device=device, dtype=torch.int32) // size

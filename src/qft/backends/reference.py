@@ -16,6 +16,7 @@ from qft.bits import pack_bits, pack_constants, unpack_bits, unpack_constants
 from qft.errors import BadOption, BadShape, UnsupportedOperation
 from qft.packed import TensorQuantizer
 from qft.quantizer import Capabilities, QuantizedWeight
+from qft.sinkhorn import column_scales
 
 GROUP_SIZES = (128, 64, 32)
 """Tried in this order where an affine group size is left open."""
@@ -69,12 +70,14 @@ class Reference(TensorQuantizer):
             that divides every target's.
         symmetric: integers without a zero point.
         double_quant: store the constants in 8 bits, with one float32 per 256 of them.
+        scaling: of integers: "sinq" divides columns by scales of their own first (SINQ, arXiv 2509.22944, section 3), which
+            helps where some of them are much larger than others; it costs 16 / out_features bits a weight, and a while.
 
     Integers decode as `(code - zero_point) * scale` with a float zero point, or `(code - 2**(bits-1)) * scale`.
 
     Packed tensors: `qweight` uint8; `absmax` float32 (blocks,) for the codebooks; `scale` and `zero_point`
     (out_features, in_features / group_size) in the weight's dtype for integers, scales of float16 weights in bfloat16.
-    A zero point that was shifted is float32.
+    A zero point that was shifted is float32. With `scaling="sinq"` also `column_scale` (in_features,) in the weight's dtype.
     """
 
     name: ClassVar[str] = "reference"
@@ -84,6 +87,7 @@ class Reference(TensorQuantizer):
     group_size: int | None = None
     symmetric: bool = False
     double_quant: bool = False
+    scaling: Literal["none", "sinq"] = "none"
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,6 +101,8 @@ class Reference(TensorQuantizer):
             raise BadOption(f"reference: group_size={self.group_size}; it is a positive number of weights")
         if self.format != "int" and self.symmetric:
             raise BadOption(f"reference: symmetric is an option of format='int', not of {self.format}")
+        if self.format != "int" and self.scaling != "none":
+            raise BadOption(f"reference: scaling is an option of format='int', not of {self.format}")
         if self.format != "int" and self.group_size is None:
             object.__setattr__(self, "group_size", 64)
 
@@ -106,7 +112,10 @@ class Reference(TensorQuantizer):
             bits=self.bits,
             devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
             requantize=True,
-            float_zero_points=self.format == "int" and not self.symmetric and not self.double_quant,
+            float_zero_points=self.format == "int"
+            and not self.symmetric
+            and not self.double_quant
+            and self.scaling == "none",
         )
 
     def resolve(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Reference:
@@ -132,6 +141,10 @@ class Reference(TensorQuantizer):
     def unpack(
         self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
+        if self.scaling == "sinq":  # the columns' scales last, and in float32
+            value = replace(self, scaling="none").unpack(packed, shape=shape, dtype=torch.float32)
+            value = value.mul_(packed["column_scale"].float())
+            return value.to(dtype) if out is None else out.copy_(value)
         value = self._by_kernel(packed, shape, dtype, out)
         if value is not None:
             return value
@@ -180,6 +193,7 @@ class Reference(TensorQuantizer):
         groups = n // (self.group_size or GROUP_SIZES[-1])
         kinds = 1 if self.symmetric else 2
         codes = n if self.bits == 8 else -(-n // 8) * self.bits
+        codes += 2 * shape[-1] if self.scaling == "sinq" else 0
         return codes + kinds * (_constants_nbytes(groups) if self.double_quant else 2 * groups)
 
     # ---- codebooks: blocks of the flattened weight -------------------------------------------------------
@@ -216,6 +230,10 @@ class Reference(TensorQuantizer):
         size = self.group_size or next((s for s in GROUP_SIZES if weight.shape[-1] % s == 0), GROUP_SIZES[-1])
         if weight.shape[-1] % size:
             raise BadShape(f"in_features {weight.shape[-1]} of {tuple(weight.shape)} is no multiple of {size}")
+        if self.scaling == "sinq":
+            columns = column_scales(weight, size).to(weight.dtype)
+            packed = replace(self, scaling="none")._pack_int((weight.float() / columns.float()).to(weight.dtype))
+            return {**packed, "column_scale": columns}
         groups = weight.float().reshape(*weight.shape[:-1], -1, size)
         top = 2**self.bits - 1
         if self.symmetric:

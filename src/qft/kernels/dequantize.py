@@ -55,11 +55,13 @@ def integers(
     shape: Sequence[int],
     dtype: torch.dtype,
     out: Tensor | None = None,
+    round_product: bool = False,
 ) -> Tensor | None:
     """Integers of 2 to 8 bits as `pack_bits` packs the flattened weight: `(code - zero_point) * scale`, in float32.
 
     `packed` holds "qweight", "scale" and, without `symmetric`, "zero_point"; constants in 8 bits with theirs, as
-    `pack_constants` leaves them.
+    `pack_constants` leaves them. With `round_product` the product goes to the dtype of "scale" before it goes to the
+    result's.
     """
     qweight, scale = packed["qweight"], packed["scale"]
     n, groups = prod(shape), scale.numel()
@@ -76,7 +78,7 @@ def integers(
     kind = "symmetric" if symmetric else "affine"
     return _stream(
         qweight, scale, zero, shape, dtype, out, kind=kind, bits=bits, size=n // groups, nbytes=qweight.numel(),
-        double=double, zero_double=zero_double,
+        double=double, zero_double=zero_double, round_product=round_product,
     )  # fmt: skip
 
 
@@ -92,16 +94,19 @@ def rows(
     """int8, float8_e4m3fn or float8_e5m2 (out_features, in_features) times a scale a row: `code * (scale / divisor)`.
 
     Args:
-        scale: float (out_features,) or (out_features, 1).
+        scale: float (out_features,) or (out_features, groups), for as many groups in a row.
         round_product: to the dtype of `scale`, before it goes to the result's; else computed in float32.
     """
     kinds = {torch.int8: "int8", torch.float8_e4m3fn: "float8", torch.float8_e5m2: "float8_e5m2"}
     kind, shape = kinds.get(qweight.dtype), tuple(qweight.shape)
-    if kind is None or shape[-1] % UNIT or scale.numel() != shape[0] or not fits([qweight, scale], shape, dtype, out):
+    groups = 1 if scale.dim() < 2 else scale.shape[1]
+    if kind is None or shape[-1] % groups or shape[-1] // groups % UNIT or scale.numel() != shape[0] * groups:
+        return None
+    if not fits([qweight, scale], shape, dtype, out):
         return None
     codes = qweight if kind == "int8" else qweight.view(torch.uint8)  # triton knows float8 on newer devices only
     return _stream(
-        codes, scale, None, shape, dtype, out, kind=kind, bits=8, size=shape[-1], nbytes=qweight.numel(),
+        codes, scale, None, shape, dtype, out, kind=kind, bits=8, size=shape[-1] // groups, nbytes=qweight.numel(),
         round_product=round_product, divisor=divisor,
     )  # fmt: skip
 
