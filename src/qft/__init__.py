@@ -50,6 +50,7 @@ from qft.transferring import transfer
 
 if _typing.TYPE_CHECKING:
     from qft import testing
+    from qft.backends.aqlm import AQLM
     from qft.backends.awq import AWQ
     from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
     from qft.backends.eetq import EETQ
@@ -64,6 +65,7 @@ if _typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AQLM",
     "AWQ",
     "EETQ",
     "GPTQ",
@@ -132,6 +134,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AQLM": "qft.backends.aqlm",
     "AWQ": "qft.backends.awq",
     "EETQ": "qft.backends.eetq",
     "GPTQ": "qft.backends.gptq",

@@ -78,6 +78,10 @@ class PackedLinear(Sourced):
     def forward(self, x: Tensor) -> Tensor:
         return lora_linear(x, self._source, self.bias)
 
+    def native(self, x: Tensor) -> Tensor:
+        """The vendor's own forward, where the format has one."""
+        return self.quantizer.native(self, x)
+
     def _apply(self, fn, recurse=True):
         packed = {name: self._parameters.pop(name) for name in self.packed_names}
         try:
@@ -131,6 +135,10 @@ class TensorQuantizer(Quantizer):
         Raises:
             BadFolder: they cannot be right.
         """
+
+    def native(self, layer: PackedLinear, x: Tensor) -> Tensor:
+        """`layer` (x) by the vendor's kernels, differentiable in x; a format without any computes it as ever."""
+        return layer(x)
 
     # ---- inherited by every format -----------------------------------------------------------------------
 
