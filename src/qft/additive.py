@@ -28,6 +28,9 @@ BLOCK = 16
 SAMPLES = 64
 """Vectors a centroid that k-means looks at, at most."""
 
+CONVERGED = 1e-9
+"""Of the squared, preconditioned gradient that conjugate gradients started from."""
+
 ROOM = 2**26
 """Distances that are held at a time."""
 
@@ -96,7 +99,8 @@ def fit(
     high, wide = out_group_size, in_group_size
     weight = weight.float()
     scales = weight.view(rows // high, -1).square().mean(1).sqrt()
-    scales = torch.where(scales > 0, scales, 1.0)
+    empty = scales == 0
+    scales = scales.masked_fill(empty, 1e-20)  # too little for anything to be fitted to such rows
     order = factor = moment = None
     if second_moment is not None:
         order, moment, factor = _metric(second_moment.to(weight.device, torch.float32), wide, damp)
@@ -104,7 +108,7 @@ def fit(
     problem = _Problem(weight, moment, factor, high, wide)
     importance = weight.new_ones(columns) if moment is None else moment.diagonal()
     books = _kmeans(problem.scaled(scales), importance, num_codebooks, codebook_size, high, wide, seed)
-    codes, cost = None, None
+    codes = None
     for _ in range(rounds):
         scaled = problem.scaled(scales)
         found, reached = problem.encode(scaled, books, beam)
@@ -119,7 +123,7 @@ def fit(
     if order is not None:
         back = torch.argsort(order.view(-1, wide)[:, 0])
         codes = codes[:, back]
-    return Additive(codes, books, scales)
+    return Additive(codes, books, scales.masked_fill(empty, 0))
 
 
 def _metric(moment: Tensor, wide: int, damp: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +201,7 @@ class _Problem:
         vectors = self.vectors(scaled)
         rows, groups, size = vectors.shape
         target = vectors.view(rows * groups, 1, size)
-        _, codes, _, cost = _choose(target, target.new_zeros(len(target), 1), books.flatten(2), beam, 1)
+        _, codes, cost = _choose(target, target.new_zeros(len(target), 1), books.flatten(2), beam, 1)
         return codes.view(rows, groups, -1), cost.view(rows, groups).sum(1)
 
     def _in_order(self, scaled: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +220,7 @@ class _Problem:
                 here = slice(start + first, start + first + wide)
                 seen = (books @ factor[here, here]).flatten(2)
                 target = near[..., first : first + wide].flatten(2)
-                parent, picked, _, cost = _choose(target, cost, seen, beam, beam)
+                parent, picked, cost = _choose(target, cost, seen, beam, beam)
                 near, value, recent, old = (_follow(t, parent) for t in (near, value, recent, old))
                 chosen = _sum(picked, books)
                 if first + wide < end - start:
@@ -246,9 +250,12 @@ class _Problem:
         residual = gathered(power * self.through(error))
         direction = step = inverse * residual
         inner = (residual * step).sum()
+        least = (
+            inner * CONVERGED
+        )  # beyond that, rounding errors would be followed, and codebooks may shift against each other
         for _ in range(steps):
             image = gathered(power * self.through(decode(codes, direction)))
-            length = _ratio(inner, (direction * image).sum())
+            length = torch.where(inner > least, _ratio(inner, (direction * image).sum()), 0.0)
             books = books + length * direction
             residual = residual - length * image
             step = inverse * residual
@@ -260,7 +267,7 @@ class _Problem:
         """The scales that suit the sums `value` (out, in) best."""
         seen = self.through(value)
         above, below = ((t * seen).view(len(scales), -1).sum(1) for t in (self.weight, value))
-        return torch.where(below > 0, above / below, scales)
+        return torch.where((below > 0) & (above > 0), above / below, scales)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -279,7 +286,7 @@ def _follow(tensor: Tensor, parent: Tensor) -> Tensor:
     return tensor.gather(1, index)
 
 
-def _choose(target: Tensor, cost: Tensor, books: Tensor, beam: int, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _choose(target: Tensor, cost: Tensor, books: Tensor, beam: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best continuations of each row's beams by one group.
 
     Args:
@@ -290,12 +297,11 @@ def _choose(target: Tensor, cost: Tensor, books: Tensor, beam: int, keep: int) -
         keep: continuations to keep.
 
     Returns:
-        Each one's beam (rows, keep), codes (rows, keep, M), what is left (rows, keep, n), and cost (rows, keep).
+        Each one's beam (rows, keep), codes (rows, keep, M) and cost (rows, keep).
     """
     rows, beams, _ = target.shape
     parent = torch.arange(beams, device=target.device).expand(rows, -1)
     codes = parent.new_empty(rows, beams, 0)
-    base = cost - 0.0
     for m, book in enumerate(books):
         size = len(book)
         # ‖t − c‖² = ‖t‖² + (‖c‖² − 2 t·c)
@@ -306,20 +312,18 @@ def _choose(target: Tensor, cost: Tensor, books: Tensor, beam: int, keep: int) -
             at = torch.arange(beams, device=code.device)[:, None].expand_as(code).flatten(1)
             code = code.flatten(1)
         else:
-            distance += (base + target.square().sum(-1))[..., None]
+            distance += (cost.gather(1, parent) + target.square().sum(-1))[..., None]
             if keep == 1:
                 found, code = distance.flatten(1).min(1, keepdim=True)
             else:
                 found, code = distance.flatten(1).topk(min(keep, beams * size), largest=False, sorted=False)
             at, code = code // size, code % size
-            base = found
+            cost = found
         parent, codes = parent.gather(1, at), _follow(codes, at)
         codes = torch.cat([codes, code[..., None]], -1)
-        target = _follow(target, at) - book[code]
         if m + 1 < len(books):
-            base = base.gather(1, at)
-            beams = at.shape[1]
-    return parent, codes, target, base
+            target, beams = _follow(target, at) - book[code], at.shape[1]
+    return parent, codes, cost
 
 
 def _kmeans(

@@ -15,8 +15,8 @@ from qft.errors import BadFolder, BadOption, BadShape, UnsupportedOperation
 from qft.packed import PackedLinear, TensorQuantizer
 from qft.quantizer import Capabilities
 
-LARGEST = 2.0**14
-"""Of a weight's absolute values: scales and codebooks may be float16, which ends at 65504."""
+LARGEST = 2.0**20
+"""Of a weight's absolute values: scales and codebooks, which share their size, may be float16, which ends at 65504."""
 
 _NAMES = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")
 _ELSEWHERE = frozenset({"quant_method", "linear_weights_not_to_quantize", "modules_to_not_convert"})
@@ -120,10 +120,12 @@ class AQLM(TensorQuantizer):
             damp=self.damp_percent,
         )
         kind = _constants(weight.dtype)
+        # codebooks come with numbers of order one: half of the scales' magnitude goes there, for float16's sake
+        half = (found.scales.amax().clamp(min=2.0**-60).log2() / 2).floor().exp2()
         return {
             "qweight": _signed(found.codes, self.nbits_per_codebook),
-            "codebooks": found.codebooks.to(kind),
-            "scales": found.scales.to(kind).view(-1, 1, 1, 1),
+            "codebooks": (found.codebooks * half).to(kind),
+            "scales": (found.scales / half).to(kind).view(-1, 1, 1, 1),
         }
 
     def unpack(

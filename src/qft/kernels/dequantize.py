@@ -220,7 +220,7 @@ def additive(
 ) -> Tensor | None:
     """AQLM's sums of codebook vectors, times a scale a row, in float32; groups are 4, 8, 16 or 32 columns of one row."""
     codes, books, scale = (packed[n] for n in ("qweight", "codebooks", "scales"))
-    count, size, high, wide = books.shape
+    count, _, high, wide = books.shape
     if high != 1 or wide not in (4, 8, 16, 32) or not fits([codes, books, scale], shape, dtype, out):
         return None
     value = _room(shape, dtype, out, codes)
