@@ -511,7 +511,7 @@ def test_starts_lower_the_error(init):
 
 
 def test_round_trip_with_adapter(tmp_path):
-    model = train_a_little(qft.wrap(calibrated(llama(torch.bfloat16))))
+    model = train_a_little(qft.wrap(calibrated(llama())))
     qft.save(model, tmp_path, base=True)
     assert torch.equal(logits(qft.load(tmp_path)), logits(model))
 

@@ -17,6 +17,7 @@ SPECS = [
     "fp4:double_quant=true,block_size=32",
     "int8",
     "int8:threshold=0.0",
+    "aqlm:rounds=1,beam=2",
     "awq",
     "awq:group_size=-1,zero_point=false",
     "eetq",
