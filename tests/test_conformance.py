@@ -19,6 +19,7 @@ SPECS = [
     "int8:threshold=0.0",
     "auto-round",
     "bitnet",
+    "aqlm:rounds=1,beam=2",
     "awq",
     "awq:group_size=-1,zero_point=false",
     "eetq",

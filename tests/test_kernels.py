@@ -19,6 +19,7 @@ from torch import nn
 
 import qft
 from qft import kernels
+from qft.backends.aqlm import AQLM
 from qft.backends.awq import AWQ
 from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
 from qft.backends.compressed_tensors import CompressedTensors
@@ -253,6 +254,24 @@ def test_eetq(shape, launched):
     codes = words(shape[1], shape[0] // 4).view(torch.int8)
     packed = {"qweight": codes, "scale": weight((shape[0], 1)).half().view(-1)}
     agree(EETQ(), packed, shape, launched, "eetq")
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("count", "bits", "wide", "shape"),
+    [(2, 8, 8, (33, 200)), (1, 12, 8, (5, 48)), (1, 16, 16, (3, 2064)), (3, 5, 4, (70, 12)), (1, 1, 32, (1, 32))],
+    ids=str,
+)
+def test_additive(count, bits, wide, shape, dtype, launched):
+    quantizer = AQLM(num_codebooks=count, nbits_per_codebook=bits, in_group_size=wide)
+    packed, generator = {}, torch.Generator().manual_seed(0)
+    for name, (sizes, kind) in quantizer.template(shape, dtype).items():
+        if kind.is_floating_point:
+            packed[name] = torch.randn(sizes, generator=generator).to(kind)
+        else:
+            packed[name] = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), sizes, generator=generator).to(kind)
+    agree(quantizer, packed, shape, launched, "additive")
 
 
 @on_device

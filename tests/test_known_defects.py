@@ -16,7 +16,7 @@ from qft.backends.reference import Reference
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
 
 
-EVERY = ["nf4", "int8", "reference", "gptq", "awq", "hqq", "quanto", "eetq", "torchao"]
+EVERY = ["nf4", "int8", "reference", "gptq", "awq", "aqlm", "hqq", "quanto", "eetq", "torchao"]
 
 
 def quantized(spec, dtype=torch.float32):

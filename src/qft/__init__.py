@@ -50,6 +50,7 @@ from qft.transferring import transfer
 
 if _typing.TYPE_CHECKING:
     from qft import testing
+    from qft.backends.aqlm import AQLM
     from qft.backends.auto_round import AutoRound
     from qft.backends.awq import AWQ
     from qft.backends.bitnet import BitNet
@@ -70,6 +71,7 @@ if _typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AQLM",
     "AWQ",
     "EETQ",
     "FP8",
@@ -144,6 +146,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AQLM": "qft.backends.aqlm",
     "AWQ": "qft.backends.awq",
     "AutoRound": "qft.backends.auto_round",
     "BitNet": "qft.backends.bitnet",

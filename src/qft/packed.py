@@ -134,6 +134,10 @@ class PackedLinear(PackedModule, Sourced):
     def forward(self, x: Tensor) -> Tensor:
         return lora_linear(x, self._source, self.bias)
 
+    def native(self, x: Tensor) -> Tensor:
+        """The vendor's own forward, where the format has one."""
+        return self.quantizer.native(self, x)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, quantizer={self.quantizer!r}"
 
@@ -170,6 +174,10 @@ class TensorQuantizer(Quantizer):
         Raises:
             BadFolder: they cannot be right.
         """
+
+    def native(self, layer: PackedLinear, x: Tensor) -> Tensor:
+        """`layer` (x) by the vendor's kernels, differentiable in x; a format without any computes it as ever."""
+        return layer(x)
 
     # ---- inherited by every format -----------------------------------------------------------------------
 

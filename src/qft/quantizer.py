@@ -462,6 +462,8 @@ _NOT_IN_CODES = (
     "threshold",
     "damp_percent",
     "act_group_aware",
+    "rounds",
+    "beam",
     "apply_clip",
     "checkpoint_format",
 )

@@ -54,6 +54,9 @@ _entries: dict[str, Entry] = {
     ),
     "fp4": Entry(f"{_BNB}:BitsAndBytes4bit", {"quant_type": "fp4"}, ("bnb-fp4",), "FP4, blocks of 64 (bitsandbytes)"),
     "int8": Entry(f"{_BNB}:BitsAndBytes8bit", {}, ("llm.int8", "bitsandbytes_8bit"), "LLM.int8() (bitsandbytes)"),
+    "aqlm": Entry(
+        "qft.backends.aqlm:AQLM", {}, (), "sums of codebook vectors, 2 bits and less, fitted by calibration data (AQLM)"
+    ),
     "awq": Entry(
         "qft.backends.awq:AWQ", {}, ("autoawq",), "4 bits in AWQ's layout, ranges and codes by calibration data"
     ),
@@ -333,7 +336,9 @@ def parse_spec(spec: Any) -> Spec:
 def _skips(spec: Any) -> tuple[str, ...]:
     """Modules that a transformers config leaves in float: they add to the default skips, and do not replace them."""
     named = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-    return tuple(module for name in named for module in getattr(spec, name, None) or ())
+    skips = [module for name in named for module in getattr(spec, name, None) or ()]
+    weights = getattr(spec, "linear_weights_not_to_quantize", None) or ()
+    return tuple(dict.fromkeys([*skips, *(w.removesuffix(".weight") for w in weights)]))
 
 
 def _only(spec: Any) -> list[str]:

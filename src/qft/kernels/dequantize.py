@@ -220,6 +220,24 @@ def awq(
     return value if done else None
 
 
+def additive(
+    packed: Mapping[str, Tensor], *, bits: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor | None:
+    """AQLM's sums of codebook vectors, times a scale a row, in float32; groups are 4, 8, 16 or 32 columns of one row."""
+    codes, books, scale = (packed[n] for n in ("qweight", "codebooks", "scales"))
+    count, _, high, wide = books.shape
+    if high != 1 or wide not in (4, 8, 16, 32) or not fits([codes, books, scale], shape, dtype, out):
+        return None
+    value = _room(shape, dtype, out, codes)
+    units, config = prod(shape) // wide, CONFIGS["additive"]
+    block = config["BLOCK"] * UNIT // wide
+    done = launch(
+        "additive", (-(-units // block),), value, codes, books, scale, units, codes.shape[1],
+        COUNT=count, BITS=bits, WIDE=wide, config={**config, "BLOCK": block},
+    )  # fmt: skip
+    return _given(value, out) if done else None
+
+
 def _stream(
     qweight, scale, zero, shape, dtype, out, *, kind, bits, size, nbytes, table=None, double=None, zero_double=None,
     round_product=False, divisor=1,

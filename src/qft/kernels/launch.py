@@ -21,6 +21,7 @@ CONFIGS: dict[str, dict[str, int]] = {
     "gptq": {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 128, "num_warps": 4},
     "gptq_ordered": {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "num_warps": 4},
     "add_low_rank": {"ROWS": 64, "COLUMNS": 256, "num_warps": 8},
+    "additive": {"BLOCK": 256, "num_warps": 4},
     "awq": {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 64, "num_warps": 4},
 }
 """Block sizes by program, in units of eight weights or in rows and columns; `benchmarks/dequantize.py --sweep` tries others."""

@@ -205,6 +205,29 @@ def eetq(out, codes, scale, units, per_pair, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def additive(
+    out, codes, books, scale, units, per_row, COUNT: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A group of columns a unit: the vectors that its codes name, summed, times the scale of its row."""
+    first = tl.program_id(0) * BLOCK
+    unit = first + tl.arange(0, BLOCK)
+    inside = unit < units
+    i = tl.arange(0, WIDE)
+    codes += first.to(tl.int64) * COUNT
+    total = tl.zeros([BLOCK, WIDE], dtype=tl.float32)
+    for m in tl.static_range(COUNT):
+        code = tl.load(codes + tl.arange(0, BLOCK) * COUNT + m, mask=inside, other=0).to(tl.int32)
+        code = (code & ((1 << BITS) - 1)) + (m << BITS)
+        vector = tl.load(books + code[:, None] * WIDE + i[None, :], mask=inside[:, None], other=0)
+        total = total + vector.to(tl.float32)
+    factor = tl.load(scale + unit // per_row, mask=inside, other=0).to(tl.float32)
+    each = tl.arange(0, BLOCK)[:, None] * WIDE + i[None, :]
+    value = _rounded(total * factor[:, None], out)
+    tl.store(out + first.to(tl.int64) * WIDE + each, value, mask=inside[:, None])
+
+
+@triton.jit
 def _gptq_zero(words, row, n, mask, ADD: tl.constexpr, BITS: tl.constexpr, OLDER: tl.constexpr):
     """Zero points at columns `n` of a row of words that starts at `row`."""
     at = row + n * BITS // 32

@@ -20,7 +20,7 @@ from qft.backends.unquantized import Unquantized
 from qft.lora.autograd import Update, lora_linear
 from qft.lora.merges import Merging, WeightMerge
 from qft.lora.operator import Source, Sourced
-from qft.packed import dequantizer
+from qft.packed import PackedLinear, dequantizer
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
 
@@ -120,7 +120,7 @@ class QftLinear(Sourced, Merging, Linear):
 
     def _base(self, x: Tensor, updates: list[Update] | None = None) -> Tensor:
         if self.native:
-            return self.base_layer(x)
+            return self.base_layer.native(x) if isinstance(self.base_layer, PackedLinear) else self.base_layer(x)
         return lora_linear(x, self._source, self.base_layer.bias, updates or ())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
