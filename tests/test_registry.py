@@ -25,7 +25,7 @@ PUBLIC = {
     "prepare_model_for_kbit_training quantize quantize_and_wrap register_init register_quantizer save transfer unmerge",
     "unoptimize wrap",
     # what they take and give
-    "AWQ AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities EETQ GPTQ HQQ InitReport",
+    "AWQ AdapterInit Audit BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities EETQ GPTQ HQQ INC InitReport",
     "LoftQ MergeReport OLoRA PackedLinear PackingCollator PiSSA QERA QERAFull Quanto QuantizedWeight Quantizer",
     "QuantizerInfo Reference Statistics TensorQuantizer TorchAO TransferReport",
     # errors

@@ -55,6 +55,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.eetq import EETQ
     from qft.backends.gptq import GPTQ
     from qft.backends.hqq import HQQ
+    from qft.backends.inc import INC
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
@@ -68,6 +69,7 @@ __all__ = [
     "EETQ",
     "GPTQ",
     "HQQ",
+    "INC",
     "QERA",
     "AdapterInit",
     "AdapterMismatch",
@@ -136,6 +138,7 @@ _LAZY = {
     "EETQ": "qft.backends.eetq",
     "GPTQ": "qft.backends.gptq",
     "HQQ": "qft.backends.hqq",
+    "INC": "qft.backends.inc",
     "Quanto": "qft.backends.quanto",
     "PackingCollator": "qft.packing",
     "Reference": "qft.backends.reference",

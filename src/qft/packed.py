@@ -76,7 +76,7 @@ class PackedLinear(Sourced):
         return self.quantizer.unpack({n: t.detach() for n, t in self.packed.items()}, shape=shape, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self._source, self.bias)
+        return lora_linear(self.quantizer.inputs(x, self), self._source, self.bias)
 
     def _apply(self, fn, recurse=True):
         packed = {name: self._parameters.pop(name) for name in self.packed_names}
@@ -124,6 +124,10 @@ class TensorQuantizer(Quantizer):
         self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         """The inverse: floats of `shape` in `dtype`, computed in float32, written into `out` where it is given."""
+
+    def inputs(self, x: Tensor, layer: PackedLinear) -> Tensor:
+        """What a layer without adapters makes of its inputs first, in a format that rounds those, too (`exact_forward`)."""
+        return x
 
     def loaded(self, name: str, layer: PackedLinear) -> None:
         """Look at the tensors of a layer that came from a checkpoint, once; `layer.quantizer` may be replaced.
