@@ -51,12 +51,12 @@ class PackedLinear(Sourced):
             )
         self.quantizer, self.kind, self.dtype = quantizer, kind, dtype
         self.out_features, self.in_features = shape
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)  # first: some models' `.dtype` is that of their first float parameter
         for name, tensor in packed.items():
             self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
         self.packed_names = tuple(packed)
-        if bias is not None and not isinstance(bias, nn.Parameter):
-            bias = nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_parameter("bias", bias)
         self._source = Source(self)
 
     @property

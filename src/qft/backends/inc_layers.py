@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -31,11 +32,16 @@ def check_package() -> None:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    was = logging.root.manager.disable
+    """INC logs every step, and looks through the whole heap for garbage twice a weight: seconds each in a large process."""
+    was, freeze = logging.root.manager.disable, not gc.get_freeze_count()
     logging.disable(max(was, logging.WARNING))
+    if freeze:  # it finds nothing old to look through
+        gc.freeze()
     try:
         yield
     finally:
+        if freeze:
+            gc.unfreeze()
         logging.disable(was)
 
 
