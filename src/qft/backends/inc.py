@@ -77,8 +77,6 @@ class INC(TensorQuantizer):
     """
 
     name: ClassVar[str] = "inc"
-    statistics_kind: ClassVar[Literal["diagonal", "full"]] = "full"
-    statistics_through: ClassVar[Literal["old", "new"]] = "new"
     foreign_types: ClassVar[tuple[str, ...]] = (
         f"{_WEIGHT_ONLY}.modules.WeightOnlyLinear",
         f"{_WEIGHT_ONLY}.modules.MulLinear",
@@ -119,6 +117,14 @@ class INC(TensorQuantizer):
             requantize=not fp8,
             exact_forward=not fp8,
         )
+
+    @property
+    def statistics_kind(self) -> Literal["diagonal", "full"]:  # type: ignore[override]
+        return "diagonal" if self.method == "fp8" else "full"
+
+    @property
+    def statistics_through(self) -> Literal["old", "new"]:  # type: ignore[override]
+        return "old" if self.method == "fp8" else "new"  # INC's finalize comes before anything is converted
 
     def resolve(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> INC:
         if self.method == "hqq":
