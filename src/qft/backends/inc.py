@@ -18,8 +18,12 @@ from qft.backends.inc_codes import (
     awq_scales,
     from_nf4,
     grid,
+    hqq_weight,
+    owners,
     pack_fields,
+    packed_integers,
     power_of_two,
+    scaled,
     to_float8,
     to_integers,
     to_nf4,
@@ -210,9 +214,9 @@ class INC(TensorQuantizer):
             value = packed["qweight"].float() * packed["weight_scale"]
         elif self.method == "nf4":
             value = from_nf4(unpack_fields(packed["qweight"], 4, shape[1]))
-            value = _scaled(value, packed["scales"].float(), self._size(shape), packed.get("g_idx"))
+            value = scaled(value, packed["scales"].float(), self._size(shape), packed.get("g_idx"))
         else:
-            value = _columns(packed, self.bits or 4, self.group_size, shape)
+            value = hqq_weight(packed, self.bits or 4, self.group_size, shape)
         if out is None:
             return value.to(dtype)
         return out if value is out else out.copy_(value)
@@ -235,7 +239,7 @@ class INC(TensorQuantizer):
         if owner is None and columns % size == 0:
             value = codes.view(rows, -1, size).sub_(zero[..., None]).mul_(scale[..., None]).view(rows, columns)
         else:
-            owner = _owner(owner, columns, size, codes.device)
+            owner = owners(owner, columns, size, codes.device)
             value = codes.sub_(zero.index_select(1, owner)).mul_(scale.index_select(1, owner))
         return value.to(scales.dtype)
 
@@ -307,35 +311,3 @@ class INC(TensorQuantizer):
         from qft.backends.inc_layers import taken_over
 
         return taken_over(module)
-
-
-def packed_integers(codes: Tensor, zero: Tensor, bits: int) -> dict[str, Tensor]:
-    """INC's words of codes (out, in) and zero points (out, groups)."""
-    return {
-        "qweight": pack_fields(codes, bits).T.contiguous(),
-        "qzeros": pack_fields((zero - 1).to(torch.int32).T, bits).contiguous(),
-    }
-
-
-def _owner(owner: Tensor | None, columns: int, size: int, device: torch.device) -> Tensor:
-    """Each column's group; the last one may be short."""
-    return torch.arange(columns, device=device) // size if owner is None else owner.to(device)
-
-
-def _scaled(value: Tensor, scale: Tensor, size: int, owner: Tensor | None) -> Tensor:
-    """(out, in) times the scales (out, groups) of its columns."""
-    if owner is None and value.shape[1] % size == 0:
-        return value.view(len(value), -1, size).mul_(scale[..., None]).view(value.shape)
-    return value.mul_(scale.index_select(1, _owner(owner, value.shape[1], size, value.device)))
-
-
-def _columns(packed: Mapping[str, Tensor], bits: int, size: int | None, shape: Sequence[int]) -> Tensor:
-    """The weight of INC's HQQ codes, groups along the first dimension, computed in the dtype of its constants."""
-    words, scale, zero = packed["qweight"], packed["scale"], packed["zero"]
-    per = {8: 1, 4: 2, 3: 10, 2: 4}[bits]
-    codes = torch.cat([words >> bits * (per - 1 - i) & 2**bits - 1 for i in range(per)])
-    codes = codes[: shape[0] if size in (None, -1) else size]
-    # each step rounds as float16 does; on the CPU float32, which holds its results before they are rounded, is faster
-    wide = torch.float32 if words.device.type == "cpu" else scale.dtype
-    value = (codes.to(wide) - zero.to(wide)).to(scale.dtype)
-    return value.to(wide).mul_(scale.to(wide)).to(scale.dtype).reshape(tuple(shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -132,3 +133,35 @@ def power_of_two(largest: Tensor, headroom: float) -> Tensor:
 def to_float8(value: Tensor, scale: Tensor) -> Tensor:
     """float8_e4m3fn of `value / scale`, cut off at the ends of its range."""
     return (value.float() / scale).clamp_(-FP8_TOP, FP8_TOP).to(torch.float8_e4m3fn)
+
+
+def packed_integers(codes: Tensor, zero: Tensor, bits: int) -> dict[str, Tensor]:
+    """INC's words of codes (out, in) and zero points (out, groups)."""
+    return {
+        "qweight": pack_fields(codes, bits).T.contiguous(),
+        "qzeros": pack_fields((zero - 1).to(torch.int32).T, bits).contiguous(),
+    }
+
+
+def owners(owner: Tensor | None, columns: int, size: int, device: torch.device) -> Tensor:
+    """Each column's group; the last one may be short."""
+    return torch.arange(columns, device=device) // size if owner is None else owner.to(device)
+
+
+def scaled(value: Tensor, scale: Tensor, size: int, owner: Tensor | None) -> Tensor:
+    """(out, in) times the scales (out, groups) of its columns."""
+    if owner is None and value.shape[1] % size == 0:
+        return value.view(len(value), -1, size).mul_(scale[..., None]).view(value.shape)
+    return value.mul_(scale.index_select(1, owners(owner, value.shape[1], size, value.device)))
+
+
+def hqq_weight(packed: Mapping[str, Tensor], bits: int, size: int | None, shape: Sequence[int]) -> Tensor:
+    """The weight of INC's HQQ codes, groups along the first dimension, computed in the dtype of its constants."""
+    words, scale, zero = packed["qweight"], packed["scale"], packed["zero"]
+    per = {8: 1, 4: 2, 3: 10, 2: 4}[bits]
+    codes = torch.cat([words >> bits * (per - 1 - i) & 2**bits - 1 for i in range(per)])
+    codes = codes[: shape[0] if size in (None, -1) else size]
+    # each step rounds as float16 does; on the CPU float32, which holds its results before they are rounded, is faster
+    wide = torch.float32 if words.device.type == "cpu" else scale.dtype
+    value = (codes.to(wide) - zero.to(wide)).to(scale.dtype)
+    return value.to(wide).mul_(scale.to(wide)).to(scale.dtype).reshape(tuple(shape))

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qft.backends.inc import INC, packed_integers
+from qft.backends.inc import INC
+from qft.backends.inc_codes import packed_integers
 from qft.errors import BadOption, MissingDependency, UnsupportedOperation
 from qft.packed import PackedLinear
 from qft.quantizer import _installed
