@@ -80,6 +80,12 @@ SPECS = (
     "gptq:group_size=64,bits=3,symmetric=false",
     "gptq:bits=8",
     "awq:group_size=64",
+    "inc:group_size=64",
+    "inc:method=nf4,group_size=64",
+    "inc:method=gptq,group_size=64",
+    "inc:method=awq,group_size=64",
+    "inc:method=hqq,group_size=64",
+    "inc:method=fp8",
 )
 RUNS = (
     ("1b", "gptq"),

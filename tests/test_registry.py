@@ -27,7 +27,7 @@ PUBLIC = {
     # what they take and give
     "AQLM AWQ AdapterInit Audit AutoRound",
     "BitNet BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities CompressedTensors EETQ FP8 GGUF",
-    "GPTQ HQQ InitReport LoftQ MXFP4 MergeReport OLoRA PackedLinear PackingCollator PiSSA QERA QERAFull Quanto",
+    "GPTQ HQQ INC InitReport LoftQ MXFP4 MergeReport OLoRA PackedLinear PackingCollator PiSSA QERA QERAFull Quanto",
     "QuantizedWeight Quantizer QuantizerInfo Reference Statistics TensorQuantizer TorchAO TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",

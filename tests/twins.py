@@ -46,11 +46,11 @@ def dequantized_copy(model, float_model):
     return float_model
 
 
-def pair(builder, spec, config, dtype=torch.float32, skip=None, forward="dequantize", fill_with=0):
+def pair(builder, spec, config, dtype=torch.float32, skip=None, forward="dequantize", fill_with=0, **options):
     """Our wrapped quantized model, and stock PEFT over its float copy, with the same random adapters."""
     model = builder(dtype)
     twin = copy.deepcopy(model)
-    qft.quantize(model, spec, skip=skip, progress=False)
+    qft.quantize(model, spec, skip=skip, progress=False, **options)
     dequantized_copy(model, twin)
     ours = qft.wrap(model, copy.deepcopy(config), forward=forward)
     theirs = stock(twin, config, ours.peft_config["default"])

@@ -61,6 +61,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.gguf import GGUF
     from qft.backends.gptq import GPTQ
     from qft.backends.hqq import HQQ
+    from qft.backends.inc import INC
     from qft.backends.mxfp4 import MXFP4
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
@@ -78,6 +79,7 @@ __all__ = [
     "GGUF",
     "GPTQ",
     "HQQ",
+    "INC",
     "MXFP4",
     "QERA",
     "AdapterInit",
@@ -156,6 +158,7 @@ _LAZY = {
     "GGUF": "qft.backends.gguf",
     "GPTQ": "qft.backends.gptq",
     "HQQ": "qft.backends.hqq",
+    "INC": "qft.backends.inc",
     "MXFP4": "qft.backends.mxfp4",
     "Quanto": "qft.backends.quanto",
     "PackingCollator": "qft.packing",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -285,6 +286,9 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
     if config is None or not hasattr(model, "save_pretrained"):
         return
     quantizers = list(dict.fromkeys(record.quantizers.values()))
+    if not isinstance(config, PretrainedConfig):  # of diffusers: frozen, and its models save no quantizer but its own
+        model.hf_quantizer = QftHfQuantizer(QftConfig(quantizers))
+        return
     described: Any = None
     layers = [m for _, m in bare_layers(model) if isinstance(m, PackedLinear)]
     fits = all(
@@ -425,7 +429,8 @@ def _convert_layers(model: nn.Module) -> None:
     """Put our own layers in the place of other tools'; none before all of them can be converted."""
     found = {n: converted(m) for n, m in model.named_modules() if n}
     ours = {n: m for n, m in found.items() if m is not None}
-    dtype, transposed = getattr(model, "dtype", None), _conv1d_names(model) if ours else set()
+    ours = {n: m for n, m in ours.items() if not any(n[:i] in ours for i, c in enumerate(n) if c == ".")}  # outermost
+    dtype, transposed = _float_dtype(model, ours), _conv1d_names(model) if ours else set()
     for name, layer in ours.items():
         if isinstance(layer, PackedLinear):
             if isinstance(dtype, torch.dtype):  # other tools' layers do not know what the model computes in
@@ -435,6 +440,16 @@ def _convert_layers(model: nn.Module) -> None:
             if name in transposed:
                 layer.kind = "conv1d"
         replace_module(model, name, layer)
+
+
+def _float_dtype(model: nn.Module, layers: Container[str]) -> torch.dtype | None:
+    """What a model with these layers computes in: the dtype that it tells, where that is not of codes or constants."""
+    dtype = getattr(model, "dtype", None)
+    if isinstance(getattr(model, "config", None), PretrainedConfig) or dtype is None:
+        return dtype
+    others = (m for n, m in model.named_modules() if n not in layers and n.rpartition(".")[0] not in layers)
+    own = (p.dtype for m in others for p in m.parameters(recurse=False) if p.is_floating_point())
+    return next(own, None)
 
 
 def _conv1d_names(model: nn.Module) -> set[str]:

@@ -106,7 +106,9 @@ class PackedLinear(PackedModule, Sourced):
         self.out_features, self.in_features = shape
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_parameter("bias", bias)
+        codes = {name: self._parameters.pop(name) for name in self.packed_names}
+        self.register_parameter("bias", bias)  # first: some models' `.dtype` is that of their first float parameter
+        self._parameters.update(codes)
         self._source = Source(self)
 
     @property
@@ -132,7 +134,7 @@ class PackedLinear(PackedModule, Sourced):
         return self.quantizer._pack(value, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self._source, self.bias)
+        return lora_linear(self.quantizer.inputs(x, self), self._source, self.bias)
 
     def native(self, x: Tensor) -> Tensor:
         """The vendor's own forward, where the format has one."""
@@ -167,6 +169,10 @@ class TensorQuantizer(Quantizer):
         self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         """The inverse: floats of `shape` in `dtype`, computed in float32, written into `out` where it is given."""
+
+    def inputs(self, x: Tensor, layer: PackedLinear) -> Tensor:
+        """What a layer without adapters makes of its inputs first, in a format that rounds those, too (`exact_forward`)."""
+        return x
 
     def loaded(self, name: str, layer: PackedLinear) -> None:
         """Look at the tensors of a layer that came from a checkpoint, once; `layer.quantizer` may be replaced.

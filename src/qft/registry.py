@@ -77,6 +77,12 @@ _entries: dict[str, Entry] = {
         "qft.backends.gptq:GPTQ", {}, ("gptqmodel", "auto-gptq"), "GPTQ, 2, 3, 4 or 8 bits, its checkpoints' own layout"
     ),
     "hqq": Entry("qft.backends.hqq:HQQ", {}, (), "integers of 1 to 8 bits, zero points fitted, no data (HQQ)"),
+    "inc": Entry(
+        "qft.backends.inc:INC",
+        {},
+        ("neural-compressor", "neural_compressor"),
+        "INC's RTN, NF4, GPTQ, AWQ and HQQ, and FP8 by calibration data (Intel Neural Compressor)",
+    ),
     "mxfp4": Entry("qft.backends.mxfp4:MXFP4", {}, (), "E2M1 with a power of two for 32 weights (OCP MX)"),
     "quanto": Entry(
         "qft.backends.quanto:Quanto", {}, ("optimum-quanto",), "int2, int4, int8 and float8 (optimum-quanto)"
