@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qft.errors import AdapterMismatch, BadOption, NonFiniteWeights, UnsupportedOperation
+from qft.hf import HELD
 from qft.originals import Originals
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
@@ -37,7 +38,7 @@ def quantized_layers(base: nn.Module) -> dict[str, QuantizedLayer]:
     for full_name, module in base.named_modules():
         quantizer = quantizer_of(module)
         if quantizer is not None and not hasattr(module, "base_layer"):
-            name = full_name.removesuffix(".base_layer")
+            name = full_name.removesuffix(f".{HELD}").removesuffix(".base_layer")
             found[name] = QuantizedLayer(module, quantizer, base.get_submodule(name) if name != full_name else None)
     return found
 

@@ -16,9 +16,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from qft.errors import NonFiniteWeights, QftWarning, UnsupportedDevice, UnsupportedOperation
+from qft.guard import brief
 from qft.hf import unmark
 from qft.lora.layer import QftLinear
 from qft.lora.merges import WeightMerge, compare_merge
+from qft.lora.view import LinearView
 from qft.originals import Originals
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
@@ -54,6 +56,8 @@ class FloatLayers:
             active = None if module.disable_adapters or not module.active_adapters else module.active_adapters[0]
             return copy.deepcopy(module.modules_to_save[active] if active else module.original_module)
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), LinearView):
+                return self._merged_by_peft(module, name)
             twin = copy.deepcopy(module)
             if hasattr(twin, "unload_and_optionally_merge_module"):
                 return twin.unload_and_optionally_merge_module(
@@ -88,6 +92,31 @@ class FloatLayers:
         new = self._layer(module.quantizer, handle, wanted, module.merged_bias(names))
         after = new.weight.T if handle.transposed else new.weight
         self.weights[name] = compare_merge(before, tuned, after.float())
+        return new
+
+    def _merged_by_peft(self, module: BaseTunerLayer, name: str) -> nn.Module:
+        """Another method than LoRA: its own merge, into a float linear of the dequantized weight."""
+        view = module.get_base_layer()
+        handle = view.handle
+        before = view.dequantized(torch.float32)
+        plain = nn.Linear(view.in_features, view.out_features, bias=handle.bias is not None, device="meta")
+        plain.weight = nn.Parameter(self._original(name, before).clone(), requires_grad=False)
+        if handle.bias is not None:
+            plain.bias = nn.Parameter(handle.bias.detach().float().clone(), requires_grad=False)
+        twin = copy.deepcopy(module, {id(view): plain})
+        twin.__dict__.pop("merge", None)
+        if not twin.disable_adapters:
+            try:
+                twin.merge(safe_merge=True)
+            except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
+                if "NaNs" in str(error):
+                    raise NonFiniteWeights(f"{name}: {brief(error)}; nothing was merged") from error
+                raise UnsupportedOperation(f"PEFT cannot merge this adapter at {name}: {brief(error)}") from error
+        merged = twin.get_base_layer()
+        wanted = merged.weight.data.float()
+        new = self._layer(view.quantizer, handle, wanted, merged.bias)
+        after = new.weight.T if handle.transposed else new.weight
+        self.weights[name] = compare_merge(before, wanted, after.float())
         return new
 
     def _original(self, name: str, quantized: Tensor) -> Tensor:
@@ -248,6 +277,8 @@ def float_bytes(base: nn.Module, dtype: torch.dtype | None) -> Counter[torch.dev
 def _handle(module: nn.Module) -> QuantizedWeight | None:
     if isinstance(module, QftLinear):
         return module.handle
+    if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), LinearView):
+        return module.get_base_layer().handle
     quantizer = quantizer_of(module)
     return None if quantizer is None else quantizer.weights(module)[0]
 
