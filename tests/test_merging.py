@@ -25,7 +25,7 @@ from models import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from twins import SPECS, fill, loss_and_gradients, pair, quantized, share, stock_peft
 
 import qft
@@ -359,8 +359,7 @@ def test_the_float_model_has_no_trace_of_qft_or_peft(spec, builder, tmp_path):
         merged.save_pretrained(tmp_path)
         text = (tmp_path / "config.json").read_text()
         assert not re.search("quant|qft|peft|lora", text)
-        loader = AutoModelForSeq2SeqLM if builder == "t5" else AutoModelForCausalLM
-        again = loader.from_pretrained(tmp_path).eval()
+        again = type(float_model).from_pretrained(tmp_path).eval()
     assert torch.equal(run(again), y)
 
     with torch.no_grad():  # and it trains and changes like any float model, on its own
