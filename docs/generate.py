@@ -20,7 +20,7 @@ import speed_tables
 import tables
 
 PAGE = Path(__file__).with_name("capabilities.md")
-FIGURES = tuple(Path(__file__).with_name(name) for name in ("how_to_start.md", "backends.md", "speed.md"))
+FIGURES = tuple(Path(__file__).with_name(name) for name in ("how_to_start.md", "backends.md", "speed.md", "methods.md"))
 TABLES = tables.TABLES | speed_tables.TABLES
 DECLARED = tuple(field.name for field in dataclasses.fields(Capabilities))
 HEAD = """# What each quantizer can do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,52 @@ def dequantize() -> str:
     return table(head, rows) + _files("dequantize-h100.json")
 
 
+def _methods() -> list[dict[str, Any]]:
+    return json.loads((RESULTS / "peft_methods-cpu.json").read_text(encoding="utf-8"))["runs"]
+
+
+def methods() -> str:
+    """A line a method, a column a backend, from `benchmarks/peft_methods.py`."""
+    runs = _methods()
+    quantizers = list(dict.fromkeys(r["quantizer"] for r in runs))
+    marks = {"right": "✓", "refused": "–"}
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in runs):
+        mine = {r["quantizer"]: r for r in runs if r["method"] == method}
+        cells = [marks.get(mine[q]["status"], mine[q]["status"]) if q in mine else "" for q in quantizers]
+        errors = [r["errors"] for r in mine.values() if r["status"] == "right"]
+        figures = [
+            max((e[k] for e in errors if k in e), default=None) for k in ("output", "gradients", "merged_to_float")
+        ]
+        shown = ["" if v is None else f"{v:.0e}" if v else "0" for v in figures]
+        if errors and figures[-1] is None:
+            shown[-1] = "refused"
+        rows.append([method, *cells, *shown])
+    head = ["method", *(q.partition(":")[0] for q in quantizers), "output", "gradients", "to float"]
+    return table(head, rows) + _files("peft_methods-cpu.json")
+
+
+def method_refusals() -> str:
+    """Why methods are refused, or what of them is."""
+    lines: dict[str, None] = {}
+    for run in _methods():
+        if run["status"] == "refused":
+            lines[f"- {run['method']}: {_reason(run['reason'])}."] = None
+        elif "merged_to_float" in run.get("refusals", {}):
+            said = run["refusals"]["merged_to_float"].partition(": ")[2]
+            lines[f"- {run['method']}, merging to float: {_reason(said)}."] = None
+    return "\n".join(lines)
+
+
+def _reason(text: str) -> str:
+    """What of a refusal's text is about the method, without its end mark."""
+    found = re.search(
+        r"is refused: (.*?)\. LoRA works|(changes no weight), |cannot merge this adapter at \S+: (.*)", text
+    )
+    said = next(g for g in found.groups() if g) if found else text
+    return said.rstrip(".").replace("NotImplementedError", "PEFT has no code for it")
+
+
 def _files(*names: str) -> str:
     lines = []
     for name in names:
@@ -175,4 +222,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "backends": backends,
     "backend_shapes": backend_shapes,
     "dequantize": dequantize,
+    "methods": methods,
+    "method_refusals": method_refusals,
 }

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -13,6 +15,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 VOCABULARY = 96
@@ -121,7 +127,61 @@ def plain(dtype=torch.float32, seed=0):
     return Plain().to(dtype).eval()
 
 
+LENGTH = 12
+_LAYERS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def vit(dtype=torch.float32, seed=0):
+    """Pixels go in through a convolution, there are no token embeddings; as many labels as a batch of tokens has logits."""
+    torch.manual_seed(seed)
+    config = ViTConfig(**_LAYERS, image_size=32, patch_size=8, num_labels=LENGTH * VOCABULARY)
+    return with_biases(ViTForImageClassification(config)).to(dtype)
+
+
+def bert(dtype=torch.float32, seed=0):
+    """An encoder with a pooler and a classifier on top."""
+    torch.manual_seed(seed)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=VOCABULARY, **_LAYERS, **dropout, num_labels=LENGTH * VOCABULARY)
+    return with_biases(BertForSequenceClassification(config)).to(dtype)
+
+
+def whisper(dtype=torch.float32, seed=0):
+    """Sound goes in through convolutions, text comes out of a decoder whose head is tied."""
+    torch.manual_seed(seed)
+    config = WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=32,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    )
+    return with_biases(WhisperForConditionalGeneration(config)).to(dtype)
+
+
+@torch.no_grad()
+def with_biases(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
 BUILDERS = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "t5": t5, "plain": plain}
+OTHER_INPUTS = {"vit": vit, "bert": bert, "whisper": whisper}
+"""Models of images, of whole texts and of sound; `logits` gives them inputs that are made from a batch of tokens."""
+ALL_BUILDERS = {**BUILDERS, **OTHER_INPUTS}
 
 
 def batch(seed=1, shape=(2, 12)):
@@ -136,10 +196,20 @@ def logits(model, ids=None, **kwargs):
     inner = getattr(inner, "module", inner)
     parameter = next(model.parameters())
     ids = ids.to(parameter.device)
-    if hasattr(inner, "encoder"):
-        kwargs["decoder_input_ids"] = ids
-    out = model(input_ids=ids, **kwargs)
-    return out if isinstance(out, torch.Tensor) else out.logits
+    out = model(**inputs_of(inner, ids), **kwargs)
+    out = out if isinstance(out, torch.Tensor) else out.logits
+    return out if out.dim() == 3 else out.view(len(ids), LENGTH, VOCABULARY)
+
+
+def inputs_of(model, ids):
+    """What a model reads in the place of these tokens (batch, length)."""
+    name, dtype = getattr(model, "main_input_name", "input_ids"), getattr(model, "dtype", torch.float32)
+    shape = {"pixel_values": (3, 32, 32), "input_features": (8, 32)}.get(name)
+    if shape is None:
+        return {"input_ids": ids, **({"decoder_input_ids": ids} if hasattr(model, "encoder") else {})}
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(row.sum()))) for row in ids]
+    found = {name: torch.stack(rows).to(ids.device, dtype)}
+    return {**found, "decoder_input_ids": ids} if name == "input_features" else found
 
 
 def train_a_little(model, steps=3, lr=1e-2):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from models import batch, gpt2, llama, logits, qwen3_moe, relative, train_a_little
-from peft import C3AConfig, HRAConfig, LoraConfig, RandLoraConfig
+from peft import C3AConfig, HRAConfig, LoraConfig, RandLoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from twins import dequantized_copy, fill, gradient_error, loss_and_gradients, share, stock
@@ -220,13 +220,22 @@ def test_lora_bias_merges_with_its_scaling():
     ],
     ids=lambda c: c.peft_type.value,
 )
-def test_methods_that_peft_gets_wrong_are_refused(spec, config):
+def test_methods_that_peft_gets_wrong_are_those_over_floats(spec, config):
+    """PEFT's layers over int8 take codes for weights; over qft's view of the layer they see floats."""
     model = qft.quantize(llama(), spec, progress=False)
-    before, modules = logits(model), [type(m) for m in model.modules()]
-    with pytest.raises(qft.UnsupportedOperation, match="LoRA works over every"):
-        qft.wrap(model, copy.deepcopy(config))
-    assert [type(m) for m in model.modules()] == modules
-    assert torch.equal(logits(model), before)
+    twin = dequantized_copy(model, llama())
+    torch.manual_seed(0)
+    ours = qft.wrap(model, copy.deepcopy(config)).eval()
+    torch.manual_seed(0)
+    theirs = get_peft_model(twin, copy.deepcopy(config)).eval()
+    before = logits(ours)
+    for m in (ours, theirs):
+        generator = torch.Generator().manual_seed(0)
+        for _, p in sorted((n, p) for n, p in m.named_parameters() if p.requires_grad):
+            p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    assert relative(logits(ours), before) > 1e-3
+    assert relative(logits(ours), logits(theirs)) < 1e-5
+    assert relative(logits(qft.merge_to_float(ours)), logits(ours)) < 1e-5
 
 
 # ---- 12: llm_int8_skip_modules replaces the default skips --------------------------------------------------

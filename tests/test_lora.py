@@ -7,7 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
-from models import BUILDERS, batch, gpt2, llama, logits, name_of, plain, qwen2, qwen3_moe, relative, t5
+from models import ALL_BUILDERS, BUILDERS, batch, gpt2, llama, logits, name_of, plain, qwen2, qwen3_moe, relative, t5
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -59,11 +59,11 @@ def adapted(model):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("builder", ALL_BUILDERS)
 @pytest.mark.parametrize("variant", ["lora", "dora", "lora_bias"])
 def test_outputs_and_gradients_are_those_of_plain_peft(spec, builder, variant):
     """In float32: outputs to 1e-6, each parameter's gradient to 2e-5; the state dict's keys and shapes are the same."""
-    evaluated, trained, gradients = both_errors(*pair(BUILDERS[builder], spec, config(**VARIANTS[variant])))
+    evaluated, trained, gradients = both_errors(*pair(ALL_BUILDERS[builder], spec, config(**VARIANTS[variant])))
     assert evaluated < 1e-6
     assert trained < 1e-6
     assert gradients < 2e-5

@@ -7,11 +7,25 @@ import warnings
 import peft
 import pytest
 import torch
-from models import BUILDERS, gpt2, llama, logits, name_of, plain, qwen2, qwen3_moe, relative, t5, train_a_little
+from models import (
+    ALL_BUILDERS,
+    BUILDERS,
+    OTHER_INPUTS,
+    gpt2,
+    llama,
+    logits,
+    name_of,
+    plain,
+    qwen2,
+    qwen3_moe,
+    relative,
+    t5,
+    train_a_little,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from twins import SPECS, fill, loss_and_gradients, pair, quantized, share, stock_peft
 
 import qft
@@ -32,6 +46,7 @@ BIASED = {  # layers with biases, for lora_bias; the others stay float, so that 
     "plain": {"target_modules": r"blocks\.\d\.[02]", "skip": ["out"]},
 }
 CASES = [(b, v) for b in BUILDERS for v in VARIANTS if v != "lora_bias" or b in BIASED]
+MORE_CASES = [*CASES, *((b, v) for b in OTHER_INPUTS for v in ("lora", "dora"))]
 
 
 def config(**options):
@@ -247,10 +262,10 @@ def test_the_float_route_loses_nothing():
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize(("builder", "variant"), CASES)
+@pytest.mark.parametrize(("builder", "variant"), MORE_CASES)
 def test_merge_to_float_gives_the_tuned_models_output(spec, builder, variant):
     """In float32 to 1e-5 (2e-6 found), on every backend, model and kind of adapter."""
-    model = tuned(BUILDERS[builder], spec, variant)
+    model = tuned(ALL_BUILDERS[builder], spec, variant)
     before, y = bits(model), run(model)
     plain_model = qft.merge_to_float(model, dtype=torch.float32)
     assert relative(run(plain_model), y) < 2e-6
@@ -308,9 +323,9 @@ MARKS = (
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("builder", ALL_BUILDERS)
 def test_the_float_model_has_no_trace_of_qft_or_peft(spec, builder, tmp_path):
-    float_model = BUILDERS[builder]()
+    float_model = ALL_BUILDERS[builder]()
     model = train_a_little(
         qft.quantize_and_wrap(copy.deepcopy(float_model), spec, adapter=config(lora_alpha=12), progress=False)
     )
@@ -337,15 +352,14 @@ def test_the_float_model_has_no_trace_of_qft_or_peft(spec, builder, tmp_path):
     y = run(merged)
     if builder == "plain":
         torch.save(merged.state_dict(), tmp_path / "m.pt")
-        again = BUILDERS[builder](seed=5)
+        again = ALL_BUILDERS[builder](seed=5)
         again.load_state_dict(torch.load(tmp_path / "m.pt"))
     else:
         assert "quantization_config" not in merged.config.to_dict()
         merged.save_pretrained(tmp_path)
         text = (tmp_path / "config.json").read_text()
         assert not re.search("quant|qft|peft|lora", text)
-        loader = AutoModelForSeq2SeqLM if builder == "t5" else AutoModelForCausalLM
-        again = loader.from_pretrained(tmp_path).eval()
+        again = type(float_model).from_pretrained(tmp_path).eval()
     assert torch.equal(run(again), y)
 
     with torch.no_grad():  # and it trains and changes like any float model, on its own

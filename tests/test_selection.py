@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import BUILDERS, batch, llama, logits, plain, qwen3_moe, relative, t5
+from models import ALL_BUILDERS, BUILDERS, batch, llama, logits, plain, qwen3_moe, relative, t5
 from torch import nn
 from transformers import (
     BertConfig,
@@ -178,9 +178,9 @@ def test_patterns_choose_quantizers_first_match_wins():
 
 
 @pytest.mark.parametrize("spec", ["nf4", "int8", "reference:format=int,bits=8,group_size=32"])
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ALL_BUILDERS)
 def test_a_quantized_model_computes_nearly_the_same(architecture, spec):
-    model = BUILDERS[architecture]()
+    model = ALL_BUILDERS[architecture]()
     before = logits(model)
     qft.quantize(model, spec, progress=False)
     assert relative(logits(model), before) < (0.3 if spec == "nf4" else 0.03)
@@ -196,11 +196,11 @@ def test_a_mixture_of_experts_computes_nearly_the_same(spec):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ALL_BUILDERS)
 def test_in_16_bit_it_computes_nearly_the_same(architecture, dtype):
     """Of T5 above all: what it casts its activations to is the dtype of a weight."""
-    float_model = BUILDERS[architecture]()
-    model = qft.quantize(BUILDERS[architecture](dtype), "reference:format=int,bits=8,group_size=32", progress=False)
+    float_model = ALL_BUILDERS[architecture]()
+    model = qft.quantize(ALL_BUILDERS[architecture](dtype), "reference:format=int,bits=8,group_size=32", progress=False)
     out = logits(model)
     assert out.dtype == dtype
     assert relative(out, logits(float_model)) < 0.03

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qft.errors import AdapterMismatch, BadOption, NonFiniteWeights, UnsupportedOperation
+from qft.hf import HELD
 from qft.originals import Originals
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
@@ -39,7 +40,7 @@ def quantized_layers(base: nn.Module) -> dict[str, QuantizedLayer]:
     for full_name, module in base.named_modules():
         quantizer = quantizer_of(module)
         if quantizer is not None and not hasattr(module, "base_layer"):
-            name = full_name.replace(".base_layer", "")
+            name = full_name.removesuffix(f".{HELD}").replace(".base_layer", "")
             outer = None
             if name != full_name:
                 outer = around[name] if name in around else _around(base, full_name)
@@ -49,7 +50,7 @@ def quantized_layers(base: nn.Module) -> dict[str, QuantizedLayer]:
 
 def _around(base: nn.Module, full_name: str) -> nn.Module | None:
     """Another tuner's layer around this one, such as AdaLoRA's."""
-    name = full_name.removesuffix(".base_layer")
+    name = full_name.removesuffix(f".{HELD}").removesuffix(".base_layer")
     return base.get_submodule(name) if name != full_name else None
 
 

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from qft import marks
-from qft.errors import BadFolder, BadOption, NoTargets, QftError
+from qft.errors import BadFolder, BadOption, MissingDependency, NoTargets, QftError
 
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, re.error)
 """What PEFT raises where a config does not fit a model."""
@@ -136,6 +136,8 @@ def refused_by_peft() -> Iterator[None]:
         yield
     except QftError:
         raise
+    except ImportError as error:
+        raise MissingDependency(brief(error)) from error
     except REFUSALS as error:
         said = brief(error)
         if type(error).__name__ == "NoMatchingPeftModuleError":

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.core_model_loading import ConversionOps
@@ -26,6 +27,8 @@ from qft.quantizer import Quantizer, is_conv1d, replace_module
 from qft.registry import converted, get_quantizer, quantizer_of
 
 METHOD = "qft"
+HELD = "qft_layer"
+"""The name of a quantized layer inside what shows it to PEFT as a plain linear, `qft.lora.view.LinearView`."""
 
 
 @register_quantization_config(METHOD)
@@ -261,10 +264,13 @@ def _store_packed(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Tensor]:
     """Parameters by the names that they have without adapters; with `stored`, by those of the backend's own format."""
     state = {}
+    tuned = tuple(
+        f"{n}." for n, m in base.named_modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer")
+    )
     for key, value in base.state_dict().items():
-        if ".lora_" in f".{key}" or ".modules_to_save." in key:
+        if ".lora_" in f".{key}" or ".modules_to_save." in key or _of_an_adapter(key, tuned):
             continue
-        parts = [p for p in key.split(".") if p not in ("base_layer", "original_module")]
+        parts = [p for p in key.split(".") if p not in ("base_layer", HELD, "original_module")]
         state[".".join(parts)] = value
     if stored:
         for name, module in bare_layers(base):
@@ -274,10 +280,14 @@ def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Te
     return state
 
 
+def _of_an_adapter(key: str, tuned: tuple[str, ...]) -> bool:
+    return any(key.startswith(n) and not key.startswith(f"{n}base_layer.") for n in tuned)
+
+
 def bare_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Layers by the names that they have, or had, without adapters."""
     for name, module in model.named_modules():
-        yield name.replace(".base_layer", "").removeprefix("base_layer."), module
+        yield name.replace(".base_layer", "").replace(f".{HELD}", "").removeprefix("base_layer."), module
 
 
 def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
@@ -417,7 +427,7 @@ def adopt(model: nn.Module) -> marks.Record | None:
             continue
         if isinstance(dtype, torch.dtype) and not hasattr(module, "qft_dtype"):
             module.qft_dtype = dtype
-        found[name.replace(".base_layer", "")] = quantizer
+        found[name.removesuffix(f".{HELD}").replace(".base_layer", "")] = quantizer
     if not found:
         return None
     record = marks.Record(quantizers=found)

@@ -129,9 +129,12 @@ def _require_adapters(model: nn.Module) -> None:
     marks.record_of(model)
     if not hasattr(model, "peft_config"):
         raise BadOption("this model has no adapters to merge: wrap it with qft.wrap first")
-    others = [c.peft_type.value for c in model.peft_config.values() if c.peft_type != PeftType.LORA]
-    if others:
-        raise UnsupportedOperation(f"qft merges LoRA adapters, and these are {others[0]}")
+    other = _other_method(model)
+    if other is not None:
+        raise UnsupportedOperation(
+            f"only LoRA adapters merge into quantized weights, and these are {other}: qft.merge_to_float(model) merges "
+            "them into a float copy"
+        )
     if isinstance(model, PeftModel):  # else transformers' own add_adapter put our layers in, without a tuner
         if not isinstance(model.base_model, QftLoraModel):
             raise UnsupportedOperation("these adapters were put on before qft was imported: wrap the model anew")
@@ -142,14 +145,29 @@ def require_float_merge(model: nn.Module) -> None:
     """Raise `BadOption` over a model that is float already, and what adapters that cannot be merged raise."""
     if marks.record_of(model) is None and hf.adopt(model) is None and not hasattr(model, "peft_config"):
         raise BadOption("this model is neither quantized nor wrapped: it is a float model already")
-    if hasattr(model, "peft_config"):
+    other = _other_method(model)
+    if other is not None:
+        if not any(isinstance(m, BaseTunerLayer) for m in marks.base_model(model).modules()):
+            raise UnsupportedOperation(
+                f"{other} changes no weight, so that there is nothing to merge: save the adapter, and use it beside its base"
+            )
+    elif hasattr(model, "peft_config"):
         _require_adapters(model)
+
+
+def _other_method(model: nn.Module) -> str | None:
+    """The method of the adapters, where it is another than LoRA."""
+    configs = getattr(model, "peft_config", None) or {}
+    return next((c.peft_type.value for c in configs.values() if c.peft_type != PeftType.LORA), None)
 
 
 def originals_for_floats(model: nn.Module, original: Any) -> Originals | None:
     """`original=` of a merge into floats, once it is known that what was learnt can be added to it."""
     if original is None:
         return None
+    other = _other_method(model)
+    if other is not None:
+        raise UnsupportedOperation(f"original= is for LoRA adapters, and these are {other}: leave it out")
     plan = {n: (m, [] if m.disable_adapters else _taken(m)) for n, m in _layers(model)}
     return learnt_over(marks.base_model(model), original, plan)
 

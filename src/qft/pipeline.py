@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,7 +20,9 @@ from qft.guard import as_it_was, check_names, refused_by_peft, rehearse
 from qft.inits import AdapterInit, InitRun, need_original, resolve_init, settle_auto
 from qft.inits.run import no_statistics
 from qft.lora.experts import adapted_weights
+from qft.lora.layer import DequantizedForward
 from qft.lora.model import check_config, check_groups, check_saved_modules, fill_targets, targeted
+from qft.lora.tuners import check_method
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
 from qft.quantizer import Quantizer
@@ -77,7 +78,7 @@ def wrap(
     if not is_lora(adapter):
         if init is not None:
             raise BadOption(f"init={init!r} is for LoRA adapters, not for {adapter.peft_type.value}")
-        return _wrap_other(model, adapter, record)
+        return _wrap_other(model, adapter, record, forward)
     chosen, adapter = resolve_init(init, adapter)
     check_adapter(model, adapter)
     chosen = _settle_auto(chosen, calibration, floats=original is not None)
@@ -187,41 +188,19 @@ def _wrap_lora(
     return peft_model
 
 
-# methods that do not touch the weights, and those that PEFT has right layers for over bitsandbytes
-_WEIGHTLESS = {PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING, PeftType.P_TUNING, PeftType.LN_TUNING}
-
-_OVER_BNB = {PeftType.ADALORA, PeftType.VERA, PeftType.IA3}
-
-_FLAGS = {"bitsandbytes_4bit": "is_loaded_in_4bit", "bitsandbytes_8bit": "is_loaded_in_8bit"}
-
-
-def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record) -> PeftModel:
-    check_kind(adapter, record.quantizers.values())
+def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record, forward: str) -> PeftModel:
+    check_method(adapter, record.quantizers.values(), getattr(model, "is_gradient_checkpointing", False))
     check_names(model, adapter)
-    with as_it_was(model), refused_by_peft(), peft_flags(model, record):
-        return get_peft_model(model, adapter)
-
-
-def check_kind(adapter: PeftConfig, quantizers: Iterable[Quantizer]) -> None:
-    """Refuse a method that PEFT is not known to get right over these quantizers."""
-    kind, names = adapter.peft_type, {q.name for q in quantizers}
-    if kind not in _WEIGHTLESS and (kind not in _OVER_BNB or not names <= set(_FLAGS)):
-        raise UnsupportedOperation(
-            f"{kind.value} over {', '.join(sorted(names))} is not known to be right in PEFT, so qft refuses it; LoRA "
-            "works over every backend, and ADALORA, VERA and IA3 over bitsandbytes"
-        )
-
-
-@contextmanager
-def peft_flags(model: nn.Module, record: marks.Record | None) -> Iterator[None]:
-    """PEFT chooses its bitsandbytes layers by these flags; left on, they make TRL cast adapters to bf16."""
-    for name in {q.name for q in record.quantizers.values()} & set(_FLAGS) if record is not None else ():
-        setattr(model, _FLAGS[name], True)
+    before, record.forward = record.forward, forward
     try:
-        yield
-    finally:
-        for flag in _FLAGS.values():
-            model.__dict__.pop(flag, None)
+        with as_it_was(model), refused_by_peft():
+            peft_model = get_peft_model(model, adapter)
+            if forward == "dequantize":
+                DequantizedForward.put_on(model)
+            return peft_model
+    except BaseException:
+        record.forward = before
+        raise
 
 
 def quantize_and_wrap(
@@ -271,7 +250,7 @@ def quantize_and_wrap(
     elif init is not None:
         raise BadOption(f"init={init!r} is for LoRA adapters, not for {adapter.peft_type.value}")
     else:
-        check_kind(adapter, quantizers)
+        check_method(adapter, quantizers, use_gradient_checkpointing)
     if isinstance(model_or_path, nn.Module):
         if dtype != "auto":
             raise BadOption("dtype= is for loading from a path, and a model was given: cast it yourself, before")
@@ -289,6 +268,8 @@ def quantize_and_wrap(
             check_saved_modules(model, adapter, targets)
         else:
             check_names(model, adapter)
+            if getattr(adapter, "modules_to_save", None):
+                check_saved_modules(model, adapter, targets)  # type: ignore[arg-type]
         if model is model_or_path:
             rehearse(model, adapter)
         if run is not None:
@@ -314,7 +295,7 @@ def quantize_and_wrap(
         prepare_model_for_kbit_training(model, use_gradient_checkpointing)
         record = marks.record_of(model)
         if not is_lora(adapter):
-            return _wrap_other(model, adapter, record)
+            return _wrap_other(model, adapter, record, forward)
         check_adapter(model, adapter)
         peft_model = _wrap_lora(model, adapter, run, record, forward)
     if progress and run is not None:

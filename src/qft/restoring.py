@@ -22,9 +22,11 @@ from qft.experts import fused_weight
 from qft.guard import as_it_was, brief, rehearse_load
 from qft.hf import bare_layers
 from qft.loading import load_quantized
+from qft.lora.layer import DequantizedForward
 from qft.lora.model import KEPT_INITS
+from qft.lora.tuners import check_method
 from qft.packed import TensorQuantizer
-from qft.pipeline import check_kind, is_lora, peft_flags
+from qft.pipeline import is_lora
 from qft.quantizer import Quantizer, code_options, float_weight
 from qft.quantizing import check_device, default_device, quantize_as
 from qft.registry import Spec, get_quantizer, quantizer_of
@@ -90,12 +92,14 @@ def load_adapter(
     if note is not None:
         check_origin(note, record)
     if not is_lora(config):
-        check_kind(config, record.quantizers.values())
+        check_method(config, record.quantizers.values())
     before, record.forward = record.forward, (note or {}).get("forward", record.forward)
     try:
-        with as_it_was(model), _strict_load(), peft_flags(model, None if is_lora(config) else record):
+        with as_it_was(model), _strict_load():
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
             put_starts(peft_model, starts)
+            if record.forward == "dequantize":
+                DequantizedForward.put_on(model)
             if note is not None and note["base_changed"] and not record.base_changed:
                 restore_base(model, folder / "base", record)
                 record.merged = note["base_merged"]
@@ -111,7 +115,7 @@ def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: d
     """Everything that can be wrong, before a float base is quantized as the saved one was."""
     quantizers = {n: q for n, q in _spec_of(note).quantizers.items() if q is not None}
     if not is_lora(config):
-        check_kind(config, quantizers.values())
+        check_method(config, quantizers.values())
     check_float_origin(note, base)
     rehearse_load(base, config, adapter_shapes(folder))
     if note["base_changed"]:
