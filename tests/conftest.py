@@ -6,6 +6,10 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# pytest-xdist reads the workers' warnings in one thread each: were QftWarning's module not there yet, two of them would
+# import it, and PEFT, at the same time, which deadlocks.
+import qft  # noqa: F401
+
 
 def pytest_collection_modifyitems(items):
     """Tests that need a GPU skip without one, and the run says how many."""

@@ -461,7 +461,7 @@ def with_tensor(key, value):
             "layers.7",
         ),
     ],
-    ids=str,
+    ids=["no scales", "turned", "int16", "beyond the codebook", "nan", "unknown", "no such layer"],
 )
 def test_damaged_checkpoints(saved, edit, says, tmp_path):
     tensors = load_file(saved / "model.safetensors")

@@ -13,11 +13,9 @@ in its interpreter, which is slow and only for tests.
 
 from qft.kernels.dequantize import additive, awq, codebook, double_constants, eetq, gptq, integers, parts, rows
 from qft.kernels.launch import usable
-from qft.kernels.lowrank import add_low_rank
 from qft.kernels.rounding import round_with_feedback
 
 __all__ = [
-    "add_low_rank",
     "additive",
     "awq",
     "codebook",

@@ -20,7 +20,6 @@ CONFIGS: dict[str, dict[str, int]] = {
     "eetq": {"BLOCK": 128, "num_warps": 4},
     "gptq": {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 128, "num_warps": 4},
     "gptq_ordered": {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "num_warps": 4},
-    "add_low_rank": {"ROWS": 64, "COLUMNS": 256, "num_warps": 8},
     "additive": {"BLOCK": 256, "num_warps": 4},
     "awq": {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 64, "num_warps": 4},
 }

@@ -381,24 +381,3 @@ def round_with_feedback(
         later = tl.load(share + k * share_stride + i, mask=(i > k) & (i < n) & (k < n), other=0.0)
         tile -= later[:, None] * wrong[None, :]
     tl.store(columns + where, tile, mask=mask)
-
-
-@triton.jit
-def add_low_rank(
-    y, h, b, scaling, n, width, rank, b_row, b_column,
-    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A tile of y, plus the scaled product of the rows of h and b that belong to it, summed in float32."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, RANK)
-    left = tl.load(h + row[:, None] * rank + k[None, :], mask=(row[:, None] < n) & (k[None, :] < rank), other=0.0)
-    right = tl.load(
-        b + column[None, :] * b_row + k[:, None] * b_column,
-        mask=(column[None, :] < width) & (k[:, None] < rank),
-        other=0.0,
-    )
-    mask = (row[:, None] < n) & (column[None, :] < width)
-    where = y + row[:, None].to(tl.int64) * width + column[None, :]
-    total = tl.load(where, mask=mask, other=0.0).to(tl.float32) + scaling * tl.dot(left, right)
-    tl.store(where, _rounded(total, y), mask=mask)
