@@ -159,6 +159,36 @@ def dequantize() -> str:
     return table(head, rows) + _files("dequantize-h100.json")
 
 
+def experts() -> str:
+    """A mixture of experts on one GPU, from `benchmarks/experts.py`."""
+    found = json.loads((RESULTS / "experts-h100.json").read_text(encoding="utf-8"))
+    training, decode, gib = found["training"], found["decode"], 2**30
+    tokens = f"{training['batch']} × {training['sequence']}"
+    rows = [
+        ["parameters", f"{found['parameters'] / 1e9:.2f} billion"],
+        ["in bfloat16", f"{found['float_bytes'] / gib:.2f} GiB"],
+        [f"on the device, `{found['spec']}`", f"{found['model_bytes'] / gib:.2f} GiB"],
+        ["bits a quantized weight", f"{found['bits_per_weight']:.2f}"],
+        ["expert weights left in 16 bit", f"{found['experts_left_in_16_bit']}"],
+        ["peak while it was built", f"{found['peak_while_building_gib']:.2f} GiB"],
+        [f"trainable, rank {found['rank']} on attention and experts", f"{found['trainable'] / 1e6:.0f} million"],
+        [f"training, {tokens}, every layer recomputed", f"{training['tokens_per_second']:,.0f} tokens/s"],
+        ["peak of training", f"{training['peak_gib']:.2f} GiB"],
+        ["experts dequantized a layer for one token", f"{max(decode['experts_dequantized'])} of {decode['of']}"],
+    ]
+    return table([f"shape {found['shape']}", ""], rows) + _files("experts-h100.json")
+
+
+def two_bits() -> str:
+    """Formats of about two bits, from `benchmarks/two_bits.py`."""
+    rows = []
+    for run in read("two_bits-1b-h100.json")["runs"]:
+        if "layer_output_error" in run:
+            figures = [f"{run['bits_per_weight']:.2f}", f"{run['layer_output_error']:.4f}", f"{run['block_s']:.1f}"]
+            rows.append([f"`{run['quantizer']}`", *figures])
+    return table(["quantizer", "bits", "error of outputs", "seconds a block"], rows) + _files("two_bits-1b-h100.json")
+
+
 def _methods() -> list[dict[str, Any]]:
     return json.loads((RESULTS / "peft_methods-cpu.json").read_text(encoding="utf-8"))["runs"]
 
@@ -222,6 +252,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "backends": backends,
     "backend_shapes": backend_shapes,
     "dequantize": dequantize,
+    "experts": experts,
+    "two_bits": two_bits,
     "methods": methods,
     "method_refusals": method_refusals,
 }

@@ -4,8 +4,10 @@ import models
 import pytest
 import torch
 from models import BUILDERS, batch, logits, relative, train_a_little
+from moes import EXPERTS, MOES
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
+from twins import gradient_error, loss_and_gradients, pair
 
 import qft
 
@@ -34,6 +36,23 @@ SPECS = [
     "torchao:format=float8",
     "torchao:format=int,bits=4,group_size=32",
     "torchao:format=nf4,scaler_block_size=8",
+    "aqlm:rounds=1,beam=2",
+    "aqlm:num_codebooks=1,nbits_per_codebook=12,rounds=1,beam=1",
+    "auto-round",
+    "bitnet",
+    "compressed-tensors",
+    "compressed-tensors:bits=3,group_size=32,symmetric=false",
+    "fp8",
+    "fp8:scaling=row",
+    "gguf:type=Q4_1",
+    "gguf",
+    "inc",
+    "inc:bits=3,group_size=32,symmetric=false",
+    "inc:method=nf4",
+    "inc:method=gptq,group_size=32",
+    "inc:method=awq,group_size=32",
+    "mxfp4",
+    "reference:format=int,group_size=64,scaling=sinq",
 ]
 
 
@@ -93,6 +112,25 @@ def test_same_weights_as_on_the_cpu(spec):
     if spec.startswith("torchao") and "group_size" in spec:
         bound = 0.05  # its symmetric scales put the largest weight of each group on a tie between two codes
     assert relative(logits(cuda), logits(cpu)) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", ["nf4", "int8", "reference:format=int,bits=4,group_size=32", "hqq:group_size=32"])
+@pytest.mark.parametrize("builder", MOES.values(), ids=MOES)
+def test_experts(builder, spec, dtype):
+    """Outputs and gradients of packed experts, by loops in float32 and by grouped kernels in bfloat16."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    config = LoraConfig(r=4, target_modules="all-linear", target_parameters=EXPERTS)
+    ours, theirs = (m.cuda() for m in pair(builder, spec, config))
+    wanted = loss_and_gradients(theirs)[1]
+    if dtype == torch.float32:
+        assert relative(logits(ours), logits(theirs)) < 1e-5
+        assert gradient_error(loss_and_gradients(ours)[1], wanted) < 1e-4
+    else:
+        with torch.autocast("cuda", dtype=dtype):
+            assert relative(logits(ours), logits(theirs)) < 0.02
+            found = loss_and_gradients(ours)[1]
+        assert gradient_error(found, wanted) < 0.1
 
 
 def test_quantizing_to_a_device_moves_everything():

@@ -101,7 +101,7 @@ def loss_and_gradients(model, seed=3, train=True, **kwargs):
     torch.manual_seed(seed)
     model.zero_grad()
     out = logits(model, **kwargs)
-    torch.nn.functional.cross_entropy(out.flatten(0, 1).float(), batch(seed=4).flatten()).backward()
+    torch.nn.functional.cross_entropy(out.flatten(0, 1).float(), batch(seed=4).flatten().to(out.device)).backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     model.eval()
     return out.detach(), gradients
