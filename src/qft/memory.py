@@ -5,40 +5,18 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from qft.errors import BadOption, QftWarning
-from qft.memory_activations import rounded
-from qft.memory_model import Measured, Outline, Weights, measure, outline, stand_in
-from qft.optimizing import _kept
-from qft.quantizer import as_float_dtype
+from qft.errors import BadFolder, BadOption, QftWarning
 
 GIB = 2**30
-WORKSPACE = 64 * 2**20
-"""cuBLAS's, 32 MiB each for the threads of the forward and the backward pass: measured on an H100 (8 MiB before Hopper)."""
 OUTSIDE = GIB // 2
 """What a process holds on a card outside of torch's allocator: CUDA's context and kernels."""
 SLACK = 0.05
 """What the allocator may lose to fragments: `fits` adds it to the peak."""
-ON_HOST = 100_000
-"""bitsandbytes pages states of weights of at least this many elements out to the host."""
-SMALL = 4096
-"""bitsandbytes keeps states of weights below this many elements in 32 bits."""
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit", "sgd", "sgd_momentum")
-_ALIASES = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_8bit": "adamw8bit",
-    "adamw_bnb_8bit": "adamw8bit",
-    "paged_adamw_8bit": "paged_adamw8bit",
-    "paged_adamw_32bit": "paged_adamw32bit",
-    "paged_adamw": "paged_adamw32bit",
-}
 PARTS = {
     "codes": "quantized weights",
     "constants": "their scales, zero points, codebooks",
@@ -54,29 +32,6 @@ PARTS = {
     "workspace": "cuBLAS",
 }
 """Part → what it is. A moment's parts add up to its bytes."""
-
-
-def optimizer_bytes(optimizer: str, sizes: tuple[int, ...]) -> tuple[int, int, int]:
-    """Bytes of states on the device and on the host, and of what a step needs for a moment, over float32 weights.
-
-    Args:
-        sizes: numbers of elements, one a weight.
-    """
-    device = host = 0
-    for n in sizes:
-        if optimizer == "adamw":
-            device += 2 * rounded(4 * n)
-        elif optimizer == "sgd_momentum":
-            device += rounded(4 * n)
-        elif optimizer != "sgd":
-            wide = optimizer.endswith("32bit") or n < SMALL
-            state = 2 * rounded(4 * n) if wide else 2 * rounded(n)
-            constants = 0 if wide else 2 * rounded(4 * -(-n // 256))
-            paged = optimizer.startswith("paged") and n >= ON_HOST
-            host, device = (host + state, device) if paged else (host, device + state)
-            device += constants
-    # torch's multi-tensor AdamW takes the root of all second moments at once
-    return device, host, sum(rounded(4 * n) for n in sizes) if optimizer == "adamw" else 0
 
 
 @dataclass(frozen=True)
@@ -134,22 +89,29 @@ class Plan:
     @property
     def needed(self) -> int:
         """What a card must have: the peak, its fragments, and what CUDA itself holds."""
-        return _needed(self.peak)
+        return needed(self.peak)
 
     def fits(self, memory: int | str) -> bool:
         """Whether `needed` is within `memory`: bytes, or "24GB", "24GiB"."""
         return self.needed <= memory_of(memory)
 
     def to_dict(self) -> dict[str, Any]:
-        own = {k: v for k, v in vars(self).items() if not k.startswith("_")}
-        return {**own, "totals": self.totals, "moment": self.moment, "peak": self.peak, "needed": self.needed}
+        """JSON values."""
+        return {**vars(self), "totals": self.totals, "moment": self.moment, "peak": self.peak, "needed": self.needed}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """`to_dict` as text, written to `path` too where it is given."""
+        """`to_dict` as text, written to `path` too where it is given.
+
+        Raises:
+            BadFolder: the file cannot be written.
+        """
         text = json.dumps(self.to_dict(), indent=1)
         if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
+            try:
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(text + "\n")
+            except OSError as error:
+                raise BadFolder(f"cannot write {path}: {error}") from error
         return text
 
     def __str__(self) -> str:
@@ -174,7 +136,8 @@ class Plan:
         return "\n".join([*lines, *([self.answer] if self.answer else [])])
 
 
-def _needed(peak: int) -> int:
+def needed(peak: int) -> int:
+    """Bytes that a card must have for a peak of the allocator's."""
     return int(peak * (1 + SLACK)) + OUTSIDE
 
 
@@ -195,92 +158,94 @@ def memory_of(text: int | str) -> int:
     raise BadOption(f"memory {text!r}: write '24GB', '24GiB', or a number of bytes")
 
 
-@dataclass
-class Estimate:
-    """A model over which plans for many options are made; what is measured once is kept."""
+def plan(
+    model_or_config_or_path: Any,
+    quantizer: Any = "nf4",
+    *,
+    sequence_length: int,
+    batch_size: int = 1,
+    adapter: Any = None,
+    optimizer: str = "adamw",
+    memory: Any = "least",
+    fast: bool = True,
+    autocast: bool = False,
+    cards: int = 1,
+    loading: str = "folder",
+    dtype: Any = None,
+    device: Any = None,
+    skip: Any = None,
+) -> Plan:
+    """Count the bytes of a training run of LoRA over a quantized decoder, without its weights: nothing is downloaded.
 
-    source: Any
-    quantizer: Any
-    adapter: Any
-    dtype: torch.dtype | None
-    skip: Any
-    fast: bool
-    autocast: bool
-    optimizer: str
-    cards: int
-    on_gpu: bool
+    The weights are weighed by the quantizer's own count. Activations are measured: what stands around the blocks, and one
+    block of each kind, run forward and backward under fake tensors, on any machine. A mixture's tokens are taken to
+    reach all experts.
 
-    def __post_init__(self) -> None:
-        self._measured: dict[tuple[int, int], Measured] = {}
+    Args:
+        model_or_config_or_path: a config of transformers, a folder with one, or a model in memory, which is not touched.
+        quantizer: as `quantize` takes it.
+        sequence_length, batch_size: tokens in a sequence, and sequences in a step, of each card.
+        adapter: a `LoraConfig`; default rank 16 on all linear layers. Weights of adapters are float32.
+        optimizer: "adamw" (torch's), "adamw8bit", "paged_adamw8bit", "paged_adamw32bit" (bitsandbytes'), "sgd",
+            "sgd_momentum", or transformers' name of one of these. What is paged is in host memory.
+        memory: which blocks keep their activations, as `optimize_training` takes it; "auto" recomputes all. Or what there
+            is, "24GB" or "24GiB": then the plan is for what fits in it, and `answer` says what was chosen and why.
+        fast: under `optimize_training`: compiled blocks, no logits. False: as the model's own code computes it.
+        autocast: the step runs under bfloat16 autocast.
+        cards: shard weights, adapters and states over this many; each gathers two blocks, embeddings and head at a time.
+            Not measured.
+        loading: "folder" streams shards, one float weight at a time; "memory" quantizes a float model on the card in place.
+        dtype: of the model; default its config's, else bfloat16.
+        device: "cuda" (the default) or another accelerator; "cpu" leaves cuBLAS's workspace out.
+        skip: as `quantize` takes it, a list.
 
-    @cached_property
-    def outline(self) -> Outline:
-        found = outline(self.source, self.quantizer, self.adapter, self.dtype, self.skip)
-        stand_in(found)
-        return found
+    Raises:
+        BadOption: an option of another value. BadFolder: no config there.
+        UnknownQuantizer, MissingDependency, BadShape, NoTargets: quantizer, adapter and model do not go together.
+        UnsupportedOperation: encoder-decoders, models without one stack of repeated blocks; DoRA, QA-LoRA, biases of
+            adapters, modules trained whole.
+    """
+    from qft.memory_choice import choose
+    from qft.memory_moments import Estimate
+    from qft.quantizer import as_float_dtype
 
-    def measured(self, batch: int, sequence: int) -> Measured:
-        key = (batch, sequence)
-        if key not in self._measured:
-            self._measured[key] = measure(self.outline, batch, sequence, fast=self.fast, autocast=self.autocast)
-        return self._measured[key]
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length), ("cards", cards)):
+        if type(value) is not int or value < 1:
+            raise BadOption(f"{name}={value!r}; it is an int of at least 1")
+    if loading not in ("folder", "memory"):
+        raise BadOption(f"loading={loading!r}; it is 'folder' or 'memory'")
+    if isinstance(skip, str):
+        raise BadOption(f"skip={skip!r}: give plan a list of names")
+    try:
+        kind = torch.device("cuda" if device is None else device).type
+    except RuntimeError as error:
+        raise BadOption(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    estimate = Estimate(
+        model_or_config_or_path,
+        quantizer,
+        adapter=adapter,
+        dtype=None if dtype is None else as_float_dtype(dtype),
+        skip=skip,
+        fast=fast,
+        autocast=autocast,
+        optimizer=optimizer,
+        cards=cards,
+        on_gpu=kind == "cuda",
+        in_place=loading == "memory",
+    )
+    positions = getattr(estimate.outline.model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and sequence_length > positions:
+        warnings.warn(
+            f"sequence_length={sequence_length}, and the model has {positions} positions: it was not made for that",
+            QftWarning,
+            stacklevel=2,
+        )
+    limit = memory_limit(memory)
+    if limit is not None:
+        return choose(estimate, batch_size, sequence_length, limit, str(memory))
+    return estimate.plan(batch_size, sequence_length, memory)
 
-    def plan(self, batch: int, sequence: int, memory: Any) -> Plan:
-        found, weights = self.measured(batch, sequence), self.outline.weights
-        total = len(found.blocks)
-        kept = _kept(memory, total)
-        keeps = kept if kept is not None else frozenset()
-        moments, host = _moments(weights, found, keeps, self.optimizer, self.cards, self.on_gpu)
-        model = self.outline.model
-        name = "16 bit" if self.quantizer is None else _name(self.quantizer)
-        return Plan(
-            moments, host, name, batch, sequence, self.optimizer, self.fast, self.autocast, self.cards, len(keeps), total,
-            type(model).__name__, str(getattr(model, "dtype", "")).removeprefix("torch."),
-        )  # fmt: skip
 
-
-def _name(quantizer: Any) -> str:
-    return quantizer if isinstance(quantizer, str) else repr(quantizer)
-
-
-def _moments(
-    weights: Weights, found: Measured, keeps: frozenset[int], optimizer: str, cards: int, on_gpu: bool
-) -> tuple[dict[str, dict[str, int]], int]:
-    blocks = found.blocks
-    states, host, needs = optimizer_bytes(optimizer, weights.trained)
-    share = lambda n: -(-n // cards)  # noqa: E731
-    still = {
-        "codes": share(weights.codes),
-        "constants": share(weights.constants),
-        "embeddings": share(weights.embeddings),
-        "other": share(weights.other),
-    }
-    # a sharded model gathers a block while it has the next one come
-    gathered = 0 if cards == 1 else 2 * (weights.frozen - weights.embeddings) // len(blocks) + weights.embeddings
-    loading = {**still, "temporary": 2 * weights.largest, "dequantize": 0}
-    trained = {
-        "adapters": share(weights.adapters),
-        "optimizer": share(states),
-        "workspace": WORKSPACE if on_gpu else 0,
-    }
-    still |= trained
-    held = [b.saved if i in keeps else b.boundary for i, b in enumerate(blocks)]
-    loss = {**still, "activations": sum(held), "logits": found.head, "temporary": gathered}
-    worst: dict[str, int] = {}
-    done = sum(b.gradients for b in blocks)
-    before = 0  # what the blocks before this one hold
-    for i, b in enumerate(blocks):
-        done -= b.gradients  # gradients of those behind it are there
-        adds = b.kept if i in keeps else b.recomputed
-        parts = {
-            **still,
-            "gradients": share(done),
-            "activations": found.shared + before + held[i],
-            "dequantize": min(b.dequantized, adds),
-            "temporary": adds - min(b.dequantized, adds) + gathered,
-        }
-        if sum(parts.values()) > sum(worst.values()):
-            worst = parts
-        before += held[i]
-    step = {**still, "gradients": share(weights.adapters), "temporary": share(needs)}
-    return {"loading": loading, "loss": loss, "backward": worst, "optimizer": step}, share(host)
+def memory_limit(memory: Any) -> int | None:
+    """Bytes where `memory` is an amount, such as "24GB"; None where it says which blocks keep their activations."""
+    return memory_of(memory) if isinstance(memory, str) and memory not in ("auto", "least", "most") else None
