@@ -1,4 +1,4 @@
-"""Plans against what was measured: peaks on a GPU, bytes of real layers, what autograd saves in a real step, published figures."""
+"""Plans against what was measured: peaks on a GPU, bytes of real layers, what autograd saves in a step, published figures."""
 
 import json
 import warnings
