@@ -66,6 +66,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
+    from qft.memory import Plan, plan
     from qft.optimizing import optimize_training, unoptimize
     from qft.packing import PackingCollator
 
@@ -109,6 +110,7 @@ __all__ = [
     "PackingCollator",
     "PartlyQuantized",
     "PiSSA",
+    "Plan",
     "QERAFull",
     "QftError",
     "QftWarning",
@@ -134,6 +136,7 @@ __all__ = [
     "merge",
     "merge_to_float",
     "optimize_training",
+    "plan",
     "prepare_model_for_kbit_training",
     "quantize",
     "quantize_and_wrap",
@@ -162,11 +165,13 @@ _LAZY = {
     "MXFP4": "qft.backends.mxfp4",
     "Quanto": "qft.backends.quanto",
     "PackingCollator": "qft.packing",
+    "Plan": "qft.memory",
     "Reference": "qft.backends.reference",
     "TorchAO": "qft.backends.torchao",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
     "optimize_training": "qft.optimizing",
+    "plan": "qft.memory",
     "testing": "qft.testing",
     "unoptimize": "qft.optimizing",
 }

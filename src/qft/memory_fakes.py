@@ -1,0 +1,262 @@
+"""A model of a plan made ready to run under fake tensors: stand-ins for its quantized layers, and what is run."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qft.blocks import _signature, find_blocks
+from qft.errors import UnsupportedOperation
+from qft.experts import fused_parameters
+from qft.lora.autograd import Update, lora_linear
+from qft.lora.experts import split
+from qft.lora.grouped import ExpertUpdate, Groups, expert_linear
+from qft.loss import LogitScaling, Targets, _LinearCrossEntropy
+from qft.memory_activations import Ledger, Profile, block_profile, fakes, rounded
+from qft.memory_model import Outline, shape_of
+from qft.quantizer import float_weight
+
+
+class Linear(nn.Module):
+    """A quantized or adapted linear without its weight: qft's own arithmetic, over a Ŵ that is made when asked for."""
+
+    def __init__(self, layer: nn.Module, rank: int, dropout: float, quantized: bool):
+        super().__init__()
+        weight = float_weight(layer)
+        self.out_features, self.in_features = weight.shape
+        self.dtype, self.dropout, self.quantized = weight.dtype, dropout, quantized
+        self.bias, self.rank = layer.bias, rank
+        self.weight = None if quantized else nn.Parameter(torch.empty_like(weight), requires_grad=False)
+        if rank:
+            self.A = nn.Parameter(torch.empty(rank, self.in_features, device="meta"))
+            self.B = nn.Parameter(torch.empty(self.out_features, rank, device="meta"))
+
+    def dequantized_bytes(self, dtype: torch.dtype) -> int:
+        return self.out_features * self.in_features * dtype.itemsize if self.quantized else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.quantized and not self.rank:
+            return nn.functional.linear(x, self.weight, self.bias)
+        dropped = nn.functional.dropout(x, self.dropout) if self.rank and self.dropout else None
+        updates = [Update(self.A, self.B, 1.0, dropped)] if self.rank else []
+        return lora_linear(x, self._floats, self.bias, updates)
+
+    def _floats(self, dtype: torch.dtype) -> Tensor:
+        if self.weight is not None:
+            return self.weight.to(dtype)
+        return torch.empty(self.out_features, self.in_features, dtype=dtype)
+
+
+class _Rows(Groups):
+    """Groups whose sizes nobody knows: shapes alone."""
+
+    def __init__(self, rows: int, count: int):
+        self.experts, self.count = torch.empty(rows, dtype=torch.int64), count
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], weight.shape[2])
+
+    def outer(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.new_empty(self.count, x.shape[1], y.shape[1])
+
+
+class Experts:
+    """The forward of fused experts, as `qft.experts.ExpertsForward` computes it, all experts being hit."""
+
+    def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], quantized: bool):
+        self.module, self.shapes, self.quantized = module, dict(shapes), quantized
+
+    def dequantized_bytes(self, dtype: torch.dtype) -> int:
+        return max(prod(s) for s in self.shapes.values()) * dtype.itemsize if self.quantized else 0
+
+    def __call__(self, hidden_states: Tensor, index: Tensor, scores: Tensor) -> Tensor:
+        module: Any = self.module
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        tokens, top_k = x.shape[0], index.shape[-1]
+        _, order = index.reshape(-1).sort(stable=True)
+        groups, gated = _Rows(tokens * top_k, module.num_experts), getattr(module, "has_gate", True)
+        y = self._project("gate_up_proj" if gated else "up_proj", x[order // top_k], groups)
+        y = module._apply_gate(y) if gated else module.act_fn(y)
+        y = self._project("down_proj", y, groups)
+        y = y * scores.reshape(-1)[order].unsqueeze(-1)
+        y = y[torch.empty_like(order)].view(tokens, top_k, -1).sum(dim=1)
+        return y.to(hidden_states.dtype).view(hidden_states.shape)
+
+    def _project(self, name: str, x: Tensor, groups: Groups) -> Tensor:
+        module: Any = self.module
+        shape = self.shapes[name]
+        a, b = module._parameters.get(f"{name}_A"), module._parameters.get(f"{name}_B")
+        updates = [ExpertUpdate(*split(a, b, shape[0]), 1.0)] if a is not None else []
+        y = expert_linear(x, lambda dtype: torch.empty(shape, dtype=dtype), groups, updates)
+        if getattr(module, "has_bias", False):
+            y = y + getattr(module, f"{name}_bias").to(y.dtype)[groups.experts]
+        return y
+
+
+def stand_in(found: Outline) -> None:
+    """Put these into the model of an outline, which cannot be weighed any more afterwards."""
+    model, ranks = found.model, found.ranks
+    for name in {**found.selection.targets, **ranks}:
+        where, _, last = name.rpartition(".")
+        owner = model.get_submodule(where)
+        if last in owner._parameters:
+            continue
+        layer = model.get_submodule(name)
+        new = Linear(layer, ranks.get(name, 0), found.adapter.lora_dropout, name in found.selection.targets)
+        setattr(owner, last, new)
+    for where, module in list(model.named_modules()):
+        fused = fused_parameters(module)
+        if not fused:
+            continue
+        shapes = {k: shape_of(model, f"{where}.{k}") for k in fused}
+        packed = all(f"{where}.{k}" in found.selection.stacks for k in fused)
+        for key, shape in shapes.items():
+            module._parameters.pop(key)
+            rank = ranks.get(f"{where}.{key}", 0)
+            if rank:
+                module.register_parameter(
+                    f"{key}_A", nn.Parameter(torch.empty(shape[0] * rank, shape[2], device="meta"))
+                )
+                module.register_parameter(
+                    f"{key}_B", nn.Parameter(torch.empty(shape[1], rank * shape[0], device="meta"))
+                )
+        module.__dict__["forward"] = forward = Experts(module, shapes, packed)
+        module.__dict__["dequantized_bytes"] = forward.dequantized_bytes
+
+
+# ---- run ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's activations at one size of batch.
+
+    Attributes:
+        blocks: the profile of each block.
+        shared: what all blocks read: position embeddings, masks.
+        head: from the last block's output through loss and back, `shared` included, at most.
+    """
+
+    blocks: tuple[Profile, ...]
+    shared: int
+    head: int
+
+
+class _Through(torch.autograd.Function):
+    """A block without a block: a new tensor of the same shape."""
+
+    @staticmethod
+    def forward(ctx, x, note):
+        ctx.note = note
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.note is not None:
+            ctx.note()
+        return torch.empty_like(g), None
+
+
+def measure(found: Outline, batch: int, sequence: int, *, fast: bool, autocast: bool) -> Measured:
+    """Run what stands around the blocks, and one block of each kind."""
+    model: Any = found.model
+    owners = find_blocks(model)
+    if len(owners) != 1:
+        raise UnsupportedOperation(
+            f"{type(model).__name__} has {len(owners)} stacks of repeated blocks that qft can find; plans are for one"
+        )
+    blocks = owners[0][1]
+    kinds: dict[Any, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
+    keys: list[Any] = []
+    ledger = Ledger()
+    seen: dict[str, int] = {}
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+
+    def recorder(block: nn.Module, real: Callable[..., Any], last: bool) -> Callable[..., Any]:
+        key = (type(block), getattr(block, "attention_type", None), _signature(block))
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            keys.append(key)
+            kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")}
+            if key not in kinds:
+                kinds[key] = (block, (x, *args), kwargs)
+            seen.setdefault("shared", ledger.live - rounded(x.untyped_storage().nbytes()))
+            if last:
+                seen["before"] = ledger.live
+                ledger.restart()
+            y = _Through.apply(x, (lambda: seen.setdefault("head", ledger.peak)) if last else None)
+            return (y,) if tuples[key] else y
+
+        tuples.setdefault(key, _returns_tuple(block))
+        return forward
+
+    tuples: dict[Any, bool] = {}
+    originals = [b.__dict__.get("forward") for b in blocks]
+    with fakes(), context:
+        _to_fake(model, {id(m) for b in blocks for m in b.modules()})
+        for b in blocks:
+            b.__dict__["forward"] = recorder(b, b.forward, b is blocks[-1])
+        hook = model.get_input_embeddings().register_forward_hook(lambda m, a, y: y.requires_grad_())
+        try:
+            ids = torch.empty(batch, sequence, dtype=torch.int64)
+            with ledger:
+                loss = _loss(model, ids, fast)
+                loss.backward()
+        finally:
+            hook.remove()
+            for b, original in zip(blocks, originals, strict=True):
+                del b.__dict__["forward"]
+                if original is not None:
+                    b.__dict__["forward"] = original
+        profiles = {}
+        for key, (block, args, kwargs) in kinds.items():
+            _to_fake(block, set())
+            profiles[key] = block_profile(block, args, kwargs, fast)
+    return Measured(tuple(profiles[k] for k in keys), seen["shared"], seen["head"] - seen["before"] + seen["shared"])
+
+
+def _returns_tuple(block: nn.Module) -> bool:
+    hint = str(inspect.signature(type(block).forward).return_annotation)
+    return "tuple" in hint.lower() and "Tensor |" not in hint and "| torch.Tensor" not in hint
+
+
+def _loss(model: Any, ids: Tensor, fast: bool) -> Tensor:
+    if not fast:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+    base = getattr(model, model.base_model_prefix)
+    hidden = base(input_ids=ids, use_cache=False)[0]
+    head = model.get_output_embeddings()
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    weight = head.weight.detach()
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        flat, weight = flat.to(dtype), weight.to(dtype)
+    del hidden
+    with torch.autocast("cpu", enabled=False):
+        return _LinearCrossEntropy.apply(flat, weight, None, Targets(ids.reshape(-1), None), LogitScaling(), True)
+
+
+def _to_fake(module: nn.Module, without: set[int]) -> None:
+    """Fake tensors in the place of those on "meta"; a weight that is shared stays shared."""
+    memo: dict[int, Tensor] = {}
+    for m in module.modules():
+        if id(m) in without:
+            continue
+        for place in (m._parameters, m._buffers):
+            for name, t in place.items():
+                if t is None or t.device.type != "meta":
+                    continue
+                if id(t) not in memo:
+                    new = torch.empty(t.shape, dtype=t.dtype)
+                    trained = "A" == name or "B" == name or name.endswith(("_A", "_B"))
+                    memo[id(t)] = nn.Parameter(new, requires_grad=trained) if isinstance(t, nn.Parameter) else new
+                place[name] = memo[id(t)]  # type: ignore[assignment]
