@@ -198,7 +198,7 @@ def logits(model, ids=None, **kwargs):
     ids = ids.to(parameter.device)
     out = model(**inputs_of(inner, ids), **kwargs)
     out = out if isinstance(out, torch.Tensor) else out.logits
-    return out if out.dim() == 3 else out.view(len(ids), LENGTH, VOCABULARY)
+    return out.view(len(ids), LENGTH, VOCABULARY) if out.shape[1:] == (LENGTH * VOCABULARY,) else out
 
 
 def inputs_of(model, ids):

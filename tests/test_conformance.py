@@ -27,6 +27,7 @@ SPECS = [
     "fp8:scaling=row",
     "compressed-tensors",
     "compressed-tensors:bits=3,group_size=32,symmetric=false",
+    "inc",
     "mxfp4",
     "gguf",
     "gguf:type=Q5_1",

@@ -142,7 +142,7 @@ def test_hqq_with_quantized_zero_points_is_taken_over():
     theirs = by_inc(inc().HQQConfig(bits=4, group_size=32))
     expected = logits(by_inc(inc().HQQConfig(bits=4, group_size=32)))
     qft.audit(theirs)
-    assert relative(logits(theirs), expected) < 1e-5
+    assert relative(logits(theirs), expected) < 1e-3  # float16, in which INC leaves the whole model
 
 
 def test_eight_bits_without_symmetry_are_right_where_inc_overflows():

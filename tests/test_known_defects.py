@@ -175,10 +175,14 @@ def test_all_linear_finds_every_quantized_layer(spec):
     assert not any("lm_head" in n for n in adapted)
 
 
-def test_experts_are_not_passed_over_in_silence_and_the_router_has_no_adapter(capsys):
-    model = qft.quantize_and_wrap(qwen3_moe(), "nf4")
+def test_experts_are_quantized_or_named_and_the_router_has_no_adapter(capsys):
+    """Quantized, but for backends that calibrate linears; those say what they leave. tests/test_experts.py has more."""
+    model = qft.quantize(qwen3_moe(), "gptq:group_size=32", calibration=[batch(seed=s) for s in range(4)])
     text = capsys.readouterr().err
     assert "fused expert weights stay in 16 bit" in text and "experts.gate_up_proj" in text
+    model = qft.quantize_and_wrap(qwen3_moe(), "nf4")
+    assert "stay in 16 bit" not in capsys.readouterr().err
+    assert not qft.audit(model).experts
     adapted = {n for n, _ in model.named_parameters() if "lora_A" in n}
     assert adapted and not any("gate." in n or "router" in n for n in adapted)
 

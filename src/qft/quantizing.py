@@ -202,12 +202,13 @@ def _quantize_in_memory(
         raise BadOption("this model has adapters: quantize first, then wrap")
     selection = select(model, spec.quantizers, skip)
     weights = target_weights(model, selection)
-    for name, weight in weights.items():
+    named = {n if n in selection.stacks else f"{n}.weight": w for n, w in weights.items()}
+    for name, weight in named.items():
         if weight.is_meta:
             raise UnsupportedDevice(
                 f"{name} is on the meta device and has no values: load the model, or give qft.quantize its folder"
             )
-    check_finite(weights)
+    check_finite(named)
     selection = settle(selection, weights, device)
     if prepare is not None:
         prepare(model, [*selection.targets, *experts_modules(selection.stacks)])
@@ -219,7 +220,7 @@ def _quantize_in_memory(
     for name, weight in weights.items():
         shapes[name], samples[name] = tuple(weight.shape), marks.sample(weight)
         record.float_bytes += weight.numel() * weight.element_size()
-    del weights, weight  # from here on, each float weight goes when its quantized one has come
+    del weights, named, weight  # from here on, each float weight goes when its quantized one has come
     one_by_one = (device is None or data is not None) and all(
         type(q).quantize is Quantizer.quantize for q in set(selection.targets.values())
     )

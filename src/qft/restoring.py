@@ -326,11 +326,10 @@ def check_origin(note: dict[str, Any], record: marks.Record) -> None:
         )
     saved = {n: code_options(note["quantizers"][i]) for n, i in note["layers"].items()}
     here = {n: code_options(q.to_dict()) for n, q in record.quantizers.items()}
-    twins = [get_quantizer(q).for_experts() for q in note["quantizers"]]  # what a base with experts is stored as
-    mixture = any(len(shape) == 3 for shape, _ in note["fingerprint"].values())
-    stored = {
-        n: code_options(q.to_dict()) for n, i in note["layers"].items() if mixture and (q := twins[i]) is not None
-    }
+    stored: dict[str, Any] = {}
+    if any(len(shape) == 3 for shape, _ in note["fingerprint"].values()):  # what a base with experts is stored as
+        twins = [get_quantizer(q).for_experts() for q in note["quantizers"]]
+        stored = {n: code_options(q.to_dict()) for n, i in note["layers"].items() if (q := twins[i]) is not None}
     differ = [n for n in {**saved, **here} if here.get(n) not in (saved.get(n), stored.get(n))]
     if differ:
         was, now = saved.get(differ[0], "not quantized"), here.get(differ[0], "not quantized")
