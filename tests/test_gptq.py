@@ -401,10 +401,9 @@ def vendor():
         from gptqmodel.nn_modules.qlinear import torch as kernels
     os.environ.clear()
     os.environ.update(before)
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # their layers compile themselves, for seconds each
-    yield type("Vendor", (), {"model": model, "optimum": optimum, "TorchLinear": kernels.TorchLinear})
-    monkeypatch.undo()
+    # their layers compile themselves, for seconds each
+    with torch._dynamo.config.patch(disable=True):
+        yield type("Vendor", (), {"model": model, "optimum": optimum, "TorchLinear": kernels.TorchLinear})
 
 
 def vendors_layer(vendor, q, packed, shape, bias=None):
