@@ -30,7 +30,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -294,14 +294,8 @@ def shapes(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _tried(spec: str, run: Any) -> dict[str, Any]:
-    try:
-        row = run()
-    except Exception as error:
-        row = {"quantizer": spec, "error": f"{type(error).__name__}: {error}"[:600]}
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _tried(spec: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    row = smollm.tried(spec, run)
     print(json.dumps(row), flush=True)
     return row
 

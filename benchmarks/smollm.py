@@ -7,10 +7,12 @@ calibration data, tuning reads what follows.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import math
 import platform
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,18 @@ def tune(model: nn.Module, sequences: Tensor, *, steps: int, batch: int, lr: flo
         losses.append(loss.detach())
     last = torch.stack(losses[-10:]).mean().item()
     return time.perf_counter() - start, last
+
+
+def tried(quantizer: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row that `run` makes, or one with its error; what it left on the device is freed."""
+    try:
+        row = run()
+    except Exception as error:
+        row = {"quantizer": quantizer, "error": f"{type(error).__name__}: {error}"[:600]}
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return row
 
 
 def about() -> dict[str, Any]:

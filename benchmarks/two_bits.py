@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def smollm_rows(options: argparse.Namespace, device: torch.device) -> Iterator[d
                 "perplexity": smollm.perplexity(as_float(model), held),
             }
 
-        yield tried(name, run)
+        yield smollm.tried(name, run)
 
 
 def moments_of(model: nn.Module, calibration: Tensor) -> dict[str, Tensor]:
@@ -182,7 +181,7 @@ def layer_rows(options: argparse.Namespace, device: torch.device, shape: str) ->
                 "by_layer": errors,
             }
 
-        yield tried(name, run)
+        yield smollm.tried(name, run)
     layers.clear()
     data = torch.randint(
         0, config.vocab_size, (options.samples, min(2048, options.tokens)), generator=torch.Generator()
@@ -206,22 +205,11 @@ def layer_rows(options: argparse.Namespace, device: torch.device, shape: str) ->
                     "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
                 }
 
-            yield tried(name, whole)
+            yield smollm.tried(name, whole)
 
 
 def chosen(options: argparse.Namespace) -> list[str]:
     return options.quantizers or [s for s in SPECS if s not in TOO_WIDE.get(options.shape, ())]
-
-
-def tried(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        row = run()
-    except Exception as error:
-        row = {"quantizer": name, "error": f"{type(error).__name__}: {error}"[:600]}
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return row
 
 
 def main() -> None:

@@ -41,10 +41,10 @@ def settled(x: Tensor) -> AbstractContextManager[object]:
 def inner(x: Tensor, tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     """xᵢ Aᵢᵀ (n, rank) for each update, in the working dtype of `x` (n, in_features)."""
     found, at, dtype = [], 0, working_dtype(x)
-    for dropped, biased in zip(layout.has_dropped, layout.has_bias, strict=True):
-        with settled(x):
+    with settled(x):
+        for dropped, biased in zip(layout.has_dropped, layout.has_bias, strict=True):
             found.append((tensors[at + 2] if dropped else x).to(dtype) @ tensors[at].to(dtype).T)
-        at += 2 + dropped + biased
+            at += 2 + dropped + biased
     return found
 
 
