@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qft.errors import AdapterMismatch, BadOption, NonFiniteWeights, UnsupportedOperation
-from qft.hf import HELD
+from qft.hf import HELD, bare_name
 from qft.originals import Originals
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
@@ -40,7 +40,7 @@ def quantized_layers(base: nn.Module) -> dict[str, QuantizedLayer]:
     for full_name, module in base.named_modules():
         quantizer = quantizer_of(module)
         if quantizer is not None and not hasattr(module, "base_layer"):
-            name = full_name.removesuffix(f".{HELD}").replace(".base_layer", "")
+            name = bare_name(full_name)
             outer = None
             if name != full_name:
                 outer = around[name] if name in around else _around(base, full_name)

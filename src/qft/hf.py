@@ -284,10 +284,15 @@ def _of_an_adapter(key: str, tuned: tuple[str, ...]) -> bool:
     return any(key.startswith(n) and not key.startswith(f"{n}base_layer.") for n in tuned)
 
 
+def bare_name(name: str) -> str:
+    """A layer's name without what adapters put around it."""
+    return name.replace(".base_layer", "").replace(f".{HELD}", "").removeprefix("base_layer.")
+
+
 def bare_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Layers by the names that they have, or had, without adapters."""
     for name, module in model.named_modules():
-        yield name.replace(".base_layer", "").replace(f".{HELD}", "").removeprefix("base_layer."), module
+        yield bare_name(name), module
 
 
 def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
@@ -427,7 +432,7 @@ def adopt(model: nn.Module) -> marks.Record | None:
             continue
         if isinstance(dtype, torch.dtype) and not hasattr(module, "qft_dtype"):
             module.qft_dtype = dtype
-        found[name.removesuffix(f".{HELD}").replace(".base_layer", "")] = quantizer
+        found[bare_name(name)] = quantizer
     if not found:
         return None
     record = marks.Record(quantizers=found)
