@@ -356,6 +356,27 @@ def test_the_packages_kernel_through_us_is_right(package, spec, two_threads):
     assert two_threads.get_num_threads() == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("books", [(2, 8), (1, 12), (1, 16)])
+def test_the_packages_cuda_kernels_are_right(books, rows):
+    """Single vectors and many rows take different kernels; gradients are those of the dequantized weight."""
+    from aqlm import QuantizedLinear
+
+    wide, dtype = (256, 512), torch.float16
+    layer = QuantizedLinear(wide[1], wide[0], 8, 1, *books, bias=True, dtype=dtype)
+    for name, tensor in random_packed(AQLM(*books), wide, dtype).items():
+        getattr(layer, {"qweight": "codes"}.get(name, name)).data = tensor
+    nn.init.normal_(layer.bias)
+    model = qft.wrap(nn.Sequential(layer).cuda(), LoraConfig(r=4, target_modules="all-linear"), forward="native")
+    weight = next(quantized(model))[2].dequantize(next(quantized(model))[3], dtype=torch.float32)
+    x = torch.randn(1, rows, wide[1], device="cuda", dtype=dtype, requires_grad=True)
+    y = model(x)
+    assert relative(y, x.float() @ weight.T + layer.bias.float()) < 5e-3
+    (gradient,) = torch.autograd.grad(y.float().square().sum() / 2, x)
+    assert relative(gradient, y.float() @ weight) < 5e-3
+
+
 def test_native_without_the_package(monkeypatch):
     import importlib.metadata
 
