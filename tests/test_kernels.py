@@ -19,6 +19,7 @@ from torch import nn
 
 import qft
 from qft import kernels
+from qft.backends import torchao_layer
 from qft.backends.aqlm import AQLM
 from qft.backends.awq import AWQ
 from qft.backends.bnb import BitsAndBytes4bit, BitsAndBytes8bit
@@ -29,6 +30,7 @@ from qft.backends.gptq import GPTQ
 from qft.backends.hqq import HQQ
 from qft.backends.quanto import Quanto
 from qft.backends.reference import Reference
+from qft.backends.torchao import TorchAO
 from qft.feedback import with_feedback
 from qft.kernels import dequantize, rounding
 from qft.kernels import launch as launching
@@ -202,6 +204,35 @@ def test_quanto_parts(format, size, shape, dtype, launched):
 def test_quanto_rows(format, shape, dtype, launched):
     quantizer = Quanto(format=format)
     agree(quantizer, quantizer.pack(weight(shape, dtype)), shape, launched, "stream")
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "program"),
+    [
+        ({}, "stream"),
+        ({"group_size": 40}, "stream"),
+        ({"format": "float8"}, "stream"),
+        ({"format": "float8_e5m2"}, "stream"),
+        ({"format": "int", "bits": 4, "group_size": 40}, "stream"),
+        ({"format": "int", "bits": 4, "group_size": 40, "symmetric": False}, None),
+    ],
+    ids=repr,
+)
+def test_torchao(options, program, dtype, launched):
+    pytest.importorskip("torchao")
+    linear = nn.Linear(200, 32, bias=False, dtype=dtype)
+    linear.weight.data = weight((32, 200), dtype)
+    layer = TorchAO(**options).quantize_layer(linear)
+    wanted = {d: torchao_layer._by_torchao(layer.weight, d) for d in FLOATS}
+    layer.to(DEVICE)
+    for to, value in wanted.items():
+        for out in buffers((32, 200), to):
+            launched.clear()
+            found = torchao_layer.floats(layer.weight, to, out)
+            assert launched == ([program] if program else []) and (out is None or found is out)
+            assert torch.equal(found.cpu(), value)
 
 
 @on_device

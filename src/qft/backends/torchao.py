@@ -245,8 +245,7 @@ class TorchAO(Quantizer):
             raise UnsupportedOperation(
                 f"a {type(weight.module.weight).__name__} of torchao gives no floats (capability dequantize)"
             )
-        value = floats(weight.module.weight, out.dtype if out is not None else dtype or weight.dtype)
-        return value if out is None else out.copy_(value)
+        return floats(weight.module.weight, out.dtype if out is not None else dtype or weight.dtype, out)
 
     @classmethod
     def _own(cls, weight: QuantizedWeight) -> TorchAO:

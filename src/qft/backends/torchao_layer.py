@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qft import kernels
 from qft.lora.autograd import lora_linear
 
 PREFIX = "_weight_"
@@ -177,11 +178,39 @@ def _unwrapped(weight: Any) -> Any:
 
 
 @torch.no_grad()
-def floats(weight: Any, dtype: torch.dtype) -> Tensor:
+def floats(weight: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The weight in `dtype`, (out_features, in_features): torchao's own numbers, rounded once.
 
     NF4 is the exception: torchao computes it in the dtype of the weight that it came from, and so do these.
     """
+    value = _by_our_kernel(weight, dtype, out)
+    if value is None:
+        value = _by_torchao(weight, dtype)
+    return value if out is None or value is out else out.copy_(value)
+
+
+_ROWS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+
+
+def _by_our_kernel(weight: Any, dtype: torch.dtype, out: Tensor | None) -> Tensor | None:
+    """Codes of 8 bits times scales along rows, where all zero points are zero; None where there is no kernel for it."""
+    if type(weight).__name__ not in _ROWS or getattr(weight, "act_pre_scale", None) is not None:
+        return None
+    if not kernels.usable(weight.qdata) or not _centred(weight):
+        return None
+    return kernels.rows(weight.qdata, weight.scale, dtype=dtype, out=out)
+
+
+def _centred(weight: Any) -> bool:
+    """Whether there are no zero points but zeros. A weight is asked once: new leaves make a new weight."""
+    known = weight.__dict__.get("_qft_centred")
+    if known is None:
+        zero = getattr(weight, "zero_point", None)
+        known = weight._qft_centred = zero is None or not bool(zero.any())
+    return known
+
+
+def _by_torchao(weight: Any, dtype: torch.dtype) -> Tensor:
     weight = _unwrapped(weight.detach())
     if hasattr(weight, "get_original_weight"):
         return rebuilt(weight, _same, weight.nf4.dtype).get_original_weight().to(dtype)
