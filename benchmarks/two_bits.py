@@ -109,7 +109,7 @@ def moments_of(model: nn.Module, calibration: Tensor) -> dict[str, Tensor]:
 
 def as_float(model: nn.Module) -> nn.Module:
     """A copy that computes in float32; codes and constants stay as they are."""
-    return copy.deepcopy(model).float()
+    return nn.Module.float(copy.deepcopy(model))  # transformers' own refuses a quantized model
 
 
 def relative_error(weight: Tensor, found: Tensor, moment: Tensor) -> float:

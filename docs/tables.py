@@ -121,7 +121,7 @@ def backends() -> str:
                         f"`{quantizer}`",
                         "CPU" if "cpu" in name else "H100",
                         *(
-                            [f"{run['quantize_s']:.1f}", f"{run['peak_bytes'] / 2**20:.0f}"]
+                            [f"{run['quantize_s']:.1f}" + "*" * ("busy" in run), f"{run['peak_bytes'] / 2**20:.0f}"]
                             if "quantize_s" in run
                             else ["", ""]
                         ),
@@ -135,7 +135,8 @@ def backends() -> str:
                 )
     head = ["quantizer", "device", "seconds", "peak MiB", "bits", "perplexity", "folded", "gradients", "to float", "merged",
             "saved, loaded"]  # fmt: skip
-    return table(head, rows) + _files(*found)
+    busy = "\n\n\\* other work was on the card." * any("busy" in r for f in found.values() for r in f["runs"])
+    return table(head, rows) + busy + _files(*found)
 
 
 def backend_shapes() -> str:
@@ -186,7 +187,15 @@ def two_bits() -> str:
         if "layer_output_error" in run:
             figures = [f"{run['bits_per_weight']:.2f}", f"{run['layer_output_error']:.4f}", f"{run['block_s']:.1f}"]
             rows.append([f"`{run['quantizer']}`", *figures])
-    return table(["quantizer", "bits", "error of outputs", "seconds a block"], rows) + _files("two_bits-1b-h100.json")
+    whole = [
+        f"\n\nA whole model of that shape, {r['layers']} blocks, in `{r['quantizer']}`: {r['quantize_s']:.0f} s over "
+        f"{r['calibration_tokens']:,} calibration tokens, {r['peak_bytes'] / 2**30:.1f} GiB at most"
+        + (", with other work on the card." if "busy" in r else ".")
+        for r in read("two_bits-1b-h100.json")["runs"]
+        if "whole_model" in r
+    ]
+    head = ["quantizer", "bits", "error of outputs", "seconds a block"]
+    return table(head, rows) + "".join(whole) + _files("two_bits-1b-h100.json")
 
 
 def _methods() -> list[dict[str, Any]]:

@@ -102,15 +102,27 @@ def test_half_precision_trains_and_merges(spec, dtype):
     assert relative(logits(qft.merge_to_float(model)), logits(model)) < bound
 
 
-@pytest.mark.parametrize("spec", SPECS)
+SEARCHED = ["aqlm:rounds=1,beam=2", "inc:method=awq,group_size=32"]
+"""Found by a search with many ends of nearly the same error: rounding decides which."""
+
+
+@pytest.mark.parametrize("spec", SEARCHED)
+def test_as_close_to_the_float_model_as_on_the_cpu(spec):
+    with torch.no_grad():
+        wanted = logits(llama())
+        cpu, cuda = (logits(qft.quantize(m, spec, **options(spec))) for m in (llama(), llama().cuda()))
+    assert relative(cuda.cpu(), wanted) == pytest.approx(relative(cpu, wanted), rel=0.15)
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s not in SEARCHED])
 def test_same_weights_as_on_the_cpu(spec):
     """One and the same codes, to rounding ties, wherever a model is quantized."""
     cpu = qft.quantize(llama(), spec, **options(spec))
     cuda = qft.quantize(llama().cuda(), spec, **options(spec))
     # LLM.int8() rounds activations, HQQ's solver stops when it no longer gains, calibrated ones carry errors on
     bound = 0.02 if spec.partition(":")[0] in ("int8", "hqq", "gptq", "awq") else 2e-3
-    if spec.startswith("torchao") and "group_size" in spec:
-        bound = 0.05  # its symmetric scales put the largest weight of each group on a tie between two codes
+    if (spec.startswith("torchao") and "group_size" in spec) or spec == "compressed-tensors":
+        bound = 0.05  # their symmetric scales put the largest weight of each group on a tie between two codes
     assert relative(logits(cuda), logits(cpu)) < bound
 
 
