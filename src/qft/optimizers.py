@@ -1,7 +1,8 @@
-"""bitsandbytes' optimizers wait for the device after each parameter; for an optimized model they wait once a step.
+"""bitsandbytes' optimizers wait for the device after each parameter; for an optimized model they do not.
 
-Their kernels follow each other on one stream, so that nothing needs the waiting in between; over the hundreds of small
-weights of an adapter it left an H100 without work for a tenth of a step.
+Their kernels follow each other, and the next step, on one stream. Over the hundreds of small weights of an adapter the
+waiting left an H100 without work for a tenth of a step, and one wait a step for a thirtieth, as the host could not run
+ahead. Only a host that reads paged states has to wait: `state_dict` does.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 _MODULE = "bitsandbytes.optim.optimizer"
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_read: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""Optimizers whose state dicts wait; they go on doing so, which costs nothing."""
 _hooks: list[Any] = []
 _own: Any = None
 """bitsandbytes' function, while a step runs without it."""
 
 
-def wait_once(model: nn.Module) -> None:
-    """From now on, a step of bitsandbytes' optimizers over weights of `model` waits for the device once."""
+def wait_when_read(model: nn.Module) -> None:
+    """From now on, a step of bitsandbytes' optimizers over weights of `model` does not wait for the device."""
     _models.add(model)
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _before(optimizer)))
-        _hooks.append(register_optimizer_step_post_hook(lambda optimizer, *_: _after(optimizer)))
+        _hooks.append(register_optimizer_step_post_hook(lambda *_: _restore()))
 
 
 def wait_as_before(model: nn.Module) -> None:
@@ -46,13 +49,13 @@ def _before(optimizer: torch.optim.Optimizer) -> None:
     first = next((p for group in optimizer.param_groups for p in group["params"]), None)
     if any(first is p for model in _models for p in model.parameters() if p.requires_grad):
         _own, module.sync_gpu = module.sync_gpu, _nothing
+        if optimizer not in _read:
+            _read.add(optimizer)
+            optimizer.register_state_dict_pre_hook(_wait)
 
 
-def _after(optimizer: torch.optim.Optimizer) -> None:
-    if _own is not None:
-        wait = _own
-        _restore()
-        wait(next(p for group in optimizer.param_groups for p in group["params"]))
+def _wait(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    sys.modules[_MODULE].sync_gpu(next(p for group in optimizer.param_groups for p in group["params"]))  # type: ignore[attr-defined]
 
 
 def _restore() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from qft import blocks as _blocks
 from qft.errors import BadOption, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.headless import HeadlessForward, Patch, why_not
-from qft.optimizers import wait_as_before, wait_once
+from qft.optimizers import wait_as_before, wait_when_read
 
 
 @dataclass
@@ -45,7 +45,7 @@ def optimize_training(
 
     While the model trains (in `train()` mode, with gradients) its loss comes from hidden states, chunk by chunk, and
     `logits` of the output are None; repeated blocks run as one compiled function each, and what is recomputed in the
-    backward pass is recomputed inside it; bitsandbytes' optimizers wait for the device once a step. Evaluation,
+    backward pass is recomputed inside it; bitsandbytes' optimizers do not wait for the device in their steps. Evaluation,
     generation, and calls without labels run the model's own code. Nothing of this is in the state dict, and `save`,
     `merge`, pickle and deepcopy work as before. A second call replaces the options of the first.
 
@@ -85,7 +85,7 @@ def optimize_training(
     if offload:
         raise UnsupportedOperation("offload='activations' is not available in this version; use memory='least'")
     unoptimize(model)
-    wait_once(model)
+    wait_when_read(model)
     inner, loss = _language_model(model), None
     if switches.loss != "off":
         reason = why_not(inner)
