@@ -58,7 +58,7 @@ def optimize_training(
             as a share: that many of the last ones, the others are recomputed.
         compute: "bf16" leaves the dtypes of the model and of autocast. "fp8": where a layer computes in bfloat16 while it
             trains, with gradients, its base weight's two products are of float8 (e4m3, a scale a row; `qft.lora.float8`),
-            2 to 3 % off in the Frobenius norm, on CUDA devices of compute capability 8.9 and newer; a warning counts the
+            3 to 4 % off in the Frobenius norm, on CUDA devices of compute capability 8.9 and newer; a warning counts the
             layers that stay as they are. The adapters' products, evaluation, merging and saving are not touched.
         offload: None keeps on the device what a recomputed block starts from.
 

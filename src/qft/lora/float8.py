@@ -44,7 +44,7 @@ def gradient_product(g: Tensor, layer: Sourced) -> Tensor:
     """g Ŵ, bfloat16 (n, in_features), for g (n, out_features)."""
     weight, factor = _weight(layer, transposed=True)
     codes, scale = kernels.float8_rows(g, factor)
-    return _multiply(codes, scale, weight, _ones(weight.shape[0], weight.device))
+    return _multiply(codes, scale, weight, torch.ones(len(weight), dtype=torch.float32, device=g.device))
 
 
 def _weight(layer: Sourced, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -67,15 +67,11 @@ def _multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     )
 
 
-@lru_cache(maxsize=64)
-def _ones(n: int, device: torch.device) -> Tensor:
-    return torch.ones(n, dtype=torch.float32, device=device)
-
-
 @lru_cache
 def _works(device: torch.device) -> str | None:
     """Why the product does not work on a CUDA device, or None: tried once, whatever version torch and its CUDA are of."""
-    ones, scale = torch.ones(MULTIPLE, 2 * MULTIPLE, device=device).to(torch.float8_e4m3fn), _ones(MULTIPLE, device)
+    scale = torch.ones(MULTIPLE, device=device)
+    ones = torch.ones(MULTIPLE, 2 * MULTIPLE, device=device).to(torch.float8_e4m3fn)
     try:
         found = _multiply(ones, scale, ones, scale)
     except Exception as error:
