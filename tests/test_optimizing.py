@@ -635,8 +635,6 @@ def test_memory_of_another_kind_is_refused(memory):
 
 def test_other_options_are_refused_and_the_first_call_stands():
     model = qft.optimize_training(adapted(), memory="least")
-    with refuses(qft.UnsupportedOperation, "fp8", "bf16"):
-        qft.optimize_training(model, compute="fp8")
     with refuses(qft.BadOption, "compute="):
         qft.optimize_training(model, compute="int4")
     with refuses(qft.BadOption, "offload="):

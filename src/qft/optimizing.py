@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ from torch import nn
 from qft import blocks as _blocks
 from qft.errors import BadOption, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.headless import HeadlessForward, Patch, why_not
+from qft.lora.operator import Sourced
 from qft.optimizers import wait_as_before, wait_when_read
+from qft.registry import quantizer_of
 
 
 @dataclass
@@ -54,7 +56,10 @@ def optimize_training(
         memory: which blocks keep their activations for the backward pass. "auto" leaves that to the model: none where
             gradient checkpointing is on, else all. "least": none. "most": all. An integer, or a float from 0.0 to 1.0
             as a share: that many of the last ones, the others are recomputed.
-        compute: "bf16" leaves the dtypes of the model and of autocast.
+        compute: "bf16" leaves the dtypes of the model and of autocast. "fp8": where a layer computes in bfloat16 while it
+            trains, with gradients, its base weight's two products are of float8 (e4m3, a scale a row; `qft.lora.float8`),
+            3 to 4 % off in the Frobenius norm, on CUDA devices of compute capability 8.9 and newer; a warning counts the
+            layers that stay as they are. The adapters' products, evaluation, merging and saving are not touched.
         offload: None keeps on the device what a recomputed block starts from.
 
     Returns:
@@ -62,19 +67,14 @@ def optimize_training(
 
     Raises:
         BadOption: an option of another value.
-        UnsupportedOperation: compute="fp8", offload="activations".
-        UnsupportedDevice: offload="activations" on another device than CUDA.
+        UnsupportedOperation: compute="fp8" on a model without a layer that can, offload="activations".
+        UnsupportedDevice: compute="fp8" where no layer is on a device that can, offload="activations" on another device
+            than CUDA.
     """
     owners = _blocks.find_blocks(model)
     total = sum(len(members) for _, members in owners)
     keeps = _kept(memory, total)
-    if compute == "fp8":
-        raise UnsupportedOperation(
-            "compute='fp8' is not available in this version: base weights are multiplied in the model's compute dtype; "
-            "use compute='bf16'"
-        )
-    if compute != "bf16":
-        raise BadOption(f"compute={compute!r}; it is 'bf16'")
+    in_float8, notes = _computes(model, compute)
     device = _device(model)
     if offload not in (None, "activations"):
         raise BadOption(f"offload={offload!r}; it is None or 'activations'")
@@ -85,6 +85,10 @@ def optimize_training(
     if offload:
         raise UnsupportedOperation("offload='activations' is not available in this version; use memory='least'")
     unoptimize(model)
+    for note in notes:
+        _warn(note)
+    for layer in in_float8:
+        layer.float8 = True
     wait_when_read(model)
     inner, loss = _language_model(model), None
     if switches.loss != "off":
@@ -121,6 +125,7 @@ def unoptimize(model: nn.Module) -> nn.Module:
             patch.plan.loss.take_off()  # a trainer may have put its own forward on top of it
         if isinstance(patch, Patch):
             patch.take_off()
+        module.__dict__.pop("float8", None)
     return model
 
 
@@ -142,6 +147,83 @@ def _kept(memory: Any, total: int) -> frozenset[int] | None:
             "from 0.0 to 1.0)"
         )
     return frozenset(range(total - count, total))
+
+
+def _computes(model: nn.Module, compute: Any) -> tuple[list[Sourced], list[str]]:
+    """The layers whose base is to be multiplied in float8, and what to say of the others."""
+    if compute == "bf16":
+        return [], []
+    if compute != "fp8":
+        raise BadOption(f"compute={compute!r}; it is 'bf16' or 'fp8'")
+    from qft.lora import float8
+
+    found: list[Sourced] = []
+    others: dict[str, list[str]] = {}
+    lacking: set[str] = set()
+    floats = 0
+    for name, module, why in _linears(model):
+        device = _device(module)
+        reason = why
+        if reason is None:
+            assert isinstance(module, Sourced)
+            sides = (module.out_features, module.in_features)
+            if any(n % float8.MULTIPLE for n in sides) or 0 in sides:
+                reason = (
+                    f"out_features and in_features are multiples of {float8.MULTIPLE} for float8, and these are not"
+                )
+        if reason is None:
+            reason = float8.why_not(device)
+            lacking.update([reason] if reason else [])
+        if reason is None:
+            found.append(module)
+            floats += module.handle.dtype != torch.bfloat16
+        else:
+            others.setdefault(reason, []).append(name)
+    if not found and lacking:
+        raise UnsupportedDevice(f"compute='fp8': {'; '.join(sorted(lacking))}. Use compute='bf16'")
+    if not found:
+        why = "; ".join(f"{len(names)} of its layers: {reason}" for reason, names in others.items())
+        raise UnsupportedOperation(
+            f"compute='fp8' is for the layers of a model that qft quantized or wrapped, and none of this one can take it"
+            f"{': ' + why if why else ''}. Use compute='bf16'"
+        )
+    total = len(found) + sum(map(len, others.values()))
+    notes = [
+        f"compute='fp8': {len(names)} of {total} layers keep their dtype ({', '.join(names[:3])}"
+        f"{', ...' if len(names) > 3 else ''}): {reason}"
+        for reason, names in others.items()
+    ]
+    if floats:
+        notes.append(
+            f"compute='fp8': {floats} of {total} layers have weights of another dtype than bfloat16; they multiply in float8 "
+            "where autocast, or the model, makes their inputs bfloat16, and as they did elsewhere"
+        )
+    return found, notes
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """(name, layer, None or why its base is not multiplied by our code) of all layers that are quantized or adapted."""
+    from qft.lora.experts import QftExperts
+
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if isinstance(module, Sourced):
+            inside.update(id(m) for m in module.modules())
+            native = getattr(module, "native", False)
+            yield name, module, _VENDORS if native is True else None
+        elif isinstance(module, QftExperts):
+            inside.update(id(m) for m in module.modules())
+            yield name, module, _EXPERTS
+        elif quantizer_of(module) is not None:
+            inside.update(id(m) for m in module.modules())
+            kinds = {handle.kind for handle in quantizer_of(module).weights(module)}
+            yield name, module, _EXPERTS if "experts" in kinds else _VENDORS
+
+
+_VENDORS = "they compute by their format's own code"
+_EXPERTS = "fused experts have no product of float8 here"
 
 
 def _language_model(model: nn.Module) -> nn.Module:

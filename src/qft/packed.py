@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qft.errors import BadOption, QftError
+from qft.kernels import Codebook
 from qft.lora.autograd import lora_linear
 from qft.lora.operator import Source, Sourced
 from qft.quantizer import Kind, QuantizedWeight, Quantizer, float_weight, is_conv1d
@@ -126,6 +127,9 @@ class PackedLinear(PackedModule, Sourced):
         """The weight as floats, (out_features, in_features) in `dtype`."""
         return self.unpacked(dtype)
 
+    def codebook(self) -> Codebook | None:
+        return self.quantizer.codebook(self.handle)
+
     def unpacked(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         shape = (self.out_features, self.in_features)
         return self.quantizer.unpack({n: t.detach() for n, t in self.packed.items()}, shape=shape, dtype=dtype, out=out)
@@ -134,7 +138,8 @@ class PackedLinear(PackedModule, Sourced):
         return self.quantizer._pack(value, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(self.quantizer.inputs(x, self), self._source, self.bias)
+        x = self.quantizer.inputs(x, self)
+        return lora_linear(x, self._source, self.bias, in_float8=self.float8 and self.training)
 
     def native(self, x: Tensor) -> Tensor:
         """The vendor's own forward, where the format has one."""

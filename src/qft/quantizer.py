@@ -14,12 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from qft.errors import BadOption, MissingDependency, UnsupportedDevice, UnsupportedOperation
+
+if TYPE_CHECKING:
+    from qft.kernels import Codebook
 
 Kind = Literal["linear", "conv1d", "experts"]
 OnWeight = Callable[[str, Tensor, Tensor, Any], None]
@@ -220,6 +223,10 @@ class Quantizer(ABC):
             BadShape: `delta` is not one number a group.
         """
         raise UnsupportedOperation(f"{self.name} cannot shift whole groups of a weight (capability float_zero_points)")
+
+    def codebook(self, weight: QuantizedWeight) -> Codebook | None:
+        """The codes and constants themselves, without a copy, where `kernels.codebook` describes the format; else None."""
+        return None
 
     def load_state(self, weight: QuantizedWeight, state: Mapping[str, Tensor]) -> None:
         """Take over the codes and constants that a layer's `state_dict` held, given by their names on the layer."""

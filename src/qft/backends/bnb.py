@@ -217,11 +217,9 @@ class BitsAndBytes4bit(_BitsAndBytes):
         data = weight.module.weight.data
         dtype = out.dtype if out is not None else dtype or state.dtype
         if kernels.usable(data):
-            double = (
-                (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if state.nested else None
-            )
+            book = self.codebook(weight)
             value = kernels.codebook(
-                data, state.absmax, state.code, block_size=state.blocksize, double=double, shape=tuple(state.shape),
+                data, book.absmax, book.values, block_size=book.block_size, double=book.double, shape=book.shape,
                 dtype=dtype, out=out,
             )  # fmt: skip
             if value is not None:
@@ -244,6 +242,13 @@ class BitsAndBytes4bit(_BitsAndBytes):
             return out
         value = op.default(data, absmax, *args, kernel).view(state.shape)
         return value.to(dtype) if out is None else out.copy_(value)
+
+    def codebook(self, weight: QuantizedWeight) -> kernels.Codebook:
+        state = _state(weight.module)
+        nested = state.state2
+        double = (nested.code, nested.absmax, state.offset, nested.blocksize) if state.nested else None
+        data = weight.module.weight.data
+        return kernels.Codebook(data, state.absmax, state.code, state.blocksize, tuple(state.shape), double)
 
     def requantize(self, weight: QuantizedWeight, value: Tensor) -> None:
         old = _state(weight.module)

@@ -166,6 +166,14 @@ class Reference(TensorQuantizer):
             dtype=dtype, out=out,
         )  # fmt: skip
 
+    def codebook(self, weight: QuantizedWeight) -> kernels.Codebook | None:
+        if self.format == "int":
+            return None
+        packed, own = {n: t.detach() for n, t in weight.module.packed.items()}, weight.module.quantizer
+        values, _, _ = _codebook(own.format, packed["qweight"].device)
+        double = kernels.double_constants(packed, "absmax")
+        return kernels.Codebook(packed["qweight"], packed["absmax"], values, own.group_size, weight.shape, double)
+
     def group_size_of(self, weight: QuantizedWeight) -> int | None:
         own = weight.module.quantizer
         return weight.shape[-1] // weight.module.scale.shape[-1] if own.capabilities.float_zero_points else None

@@ -22,6 +22,8 @@ CONFIGS: dict[str, dict[str, int]] = {
     "gptq_ordered": {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "num_warps": 4},
     "additive": {"BLOCK": 256, "num_warps": 4},
     "awq": {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 64, "num_warps": 4},
+    "float8_transposed": {"ROWS": 128, "COLUMNS": 64, "num_warps": 4},
+    "float8_codebook_transposed": {"ROWS": 128, "UNITS": 8, "num_warps": 4},
 }
 """Block sizes by program, in units of eight weights or in rows and columns; `benchmarks/dequantize.py --sweep` tries others."""
 
@@ -69,13 +71,16 @@ def fits(tensors: Sequence[Tensor | None], shape: Sequence[int], dtype: torch.dt
 
 
 def launch(program: str, grid: tuple[int, ...], *args: Any, config: dict[str, int], **constants: Any) -> bool:
-    """Run a program of `qft.kernels.programs` on the device of its first argument; whether that went well.
+    """Run a program of `qft.kernels.programs` or `programs_float8` on the device of its first argument; whether that went well.
 
     A device on which it does not, for want of a compiler or of hardware, is left to torch from now on.
     """
     device = args[0].get_device()
     try:
-        from qft.kernels import programs
+        if program.startswith("float8"):
+            from qft.kernels import programs_float8 as programs
+        else:
+            from qft.kernels import programs
 
         run = getattr(programs, program)[grid]
         if device >= 0 and device != torch.cuda.current_device():

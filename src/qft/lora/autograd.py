@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qft.lora import float8
 from qft.lora.operator import Source, operator
 from qft.lora.products import Layout, backward, bias_gradient, forward, inner, settled
 
@@ -33,11 +34,15 @@ class Update(NamedTuple):
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, dequantize, layout, *tensors):
+    def forward(ctx, x, bias, dequantize, layout, in_float8, *tensors):
         products = inner(x, tensors, layout)
-        y = forward(x, dequantize(x.dtype), bias, tensors, products, layout)
+        if in_float8:
+            base = float8.forward_product(*float8.rows(x), dequantize.layer)
+            y = forward(x, None, bias, tensors, products, layout, base)
+        else:
+            y = forward(x, dequantize(x.dtype), bias, tensors, products, layout)
         ctx.save_for_backward(x, *tensors, *products)
-        ctx.dequantize, ctx.layout, ctx.count = dequantize, layout, len(tensors)
+        ctx.dequantize, ctx.layout, ctx.count, ctx.in_float8 = dequantize, layout, len(tensors), in_float8
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -47,11 +52,13 @@ class _LoraLinear(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         tensors, products = saved[: ctx.count], saved[ctx.count :]
         need_x, need_bias = ctx.needs_input_grad[:2]
+        base = (lambda g: float8.gradient_product(g, ctx.dequantize.layer)) if ctx.in_float8 else None
         with settled(x):
             gx, grads = backward(
-                g, x, lambda: ctx.dequantize(x.dtype), tensors, products, ctx.layout, need_x, ctx.needs_input_grad[4:]
-            )
-        return gx, bias_gradient(g, ctx.bias_dtype) if need_bias else None, None, None, *grads
+                g, x, lambda: ctx.dequantize(x.dtype), tensors, products, ctx.layout, need_x, ctx.needs_input_grad[5:],
+                base,
+            )  # fmt: skip
+        return gx, bias_gradient(g, ctx.bias_dtype) if need_bias else None, None, None, None, *grads
 
 
 def lora_linear(
@@ -59,6 +66,8 @@ def lora_linear(
     dequantize: Callable[[torch.dtype], Tensor],
     bias: Tensor | None = None,
     updates: Sequence[Update] = (),
+    *,
+    in_float8: bool = False,
 ) -> Tensor:
     """Compute `x Ŵᵀ + bias + Σ updates`, differentiable once in x, bias and the updates' tensors.
 
@@ -68,6 +77,8 @@ def lora_linear(
             torch.compile, a `Source` makes the whole linear one operator; other functions are traced.
         bias: (out_features,) or None.
         updates: the active adapters.
+        in_float8: with gradients, and where the computation is in bfloat16, x Ŵᵀ and its gradient are the products of
+            `qft.lora.float8`; `dequantize` is a `Source` then, of a layer that they fit.
 
     Returns:
         (..., out_features) in the dtype of the computation: the autocast dtype, else that of `x`.
@@ -91,9 +102,10 @@ def lora_linear(
         tuple(u.dropped is not None for u in updates),
         tuple(u.bias is not None for u in updates),
     )
+    in_float8 = in_float8 and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if torch.compiler.is_compiling() and isinstance(dequantize, Source):
-        y = operator(flat, dequantize, bias, tensors, layout)
+        y = operator(flat, dequantize, bias, tensors, layout, in_float8)
     else:
         with settled(x):
-            y = _LoraLinear.apply(flat, bias, dequantize, layout, *tensors)
+            y = _LoraLinear.apply(flat, bias, dequantize, layout, in_float8 and len(flat) > 0, *tensors)
     return y.view(*shape, y.shape[-1])

@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from qft.backends.unquantized import Unquantized
+from qft.kernels import Codebook
 from qft.lora.autograd import Update, lora_linear
 from qft.lora.merges import Merging, WeightMerge
 from qft.lora.operator import Source, Sourced
@@ -64,6 +65,9 @@ class QftLinear(Sourced, Merging, Linear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return self.quantizer.dequantize(self.handle, dtype=dtype)
+
+    def codebook(self) -> Codebook | None:
+        return self.quantizer.codebook(self.handle)
 
     @property
     def weight(self) -> Tensor:
@@ -121,7 +125,8 @@ class QftLinear(Sourced, Merging, Linear):
     def _base(self, x: Tensor, updates: list[Update] | None = None) -> Tensor:
         if self.native:
             return self.base_layer.native(x) if isinstance(self.base_layer, PackedLinear) else self.base_layer(x)
-        return lora_linear(x, self._source, self.base_layer.bias, updates or ())
+        in_float8 = self.float8 and self.training
+        return lora_linear(x, self._source, self.base_layer.bias, updates or (), in_float8=in_float8)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)

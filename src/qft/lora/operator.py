@@ -9,12 +9,16 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from qft.lora import float8
 from qft.lora.products import Layout, backward, bias_gradient, forward, inner, settled
+
+if TYPE_CHECKING:
+    from qft.kernels import Codebook
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -30,7 +34,11 @@ class Source:
         self.out_features: int = layer.out_features
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
-        return _weight(self.number, dtype)
+        return self.layer.dequantized(dtype)
+
+    @property
+    def layer(self) -> Sourced:
+        return _layer(self.number)
 
     def __reduce__(self) -> Any:
         # whoever holds a source makes a new one when it is copied or unpickled; one that was forgotten cannot mislead
@@ -38,14 +46,23 @@ class Source:
 
 
 class Sourced(nn.Module):
-    """A layer with a `Source` of its own, `_source`, made once `out_features` is known; its copies make theirs."""
+    """A layer with a `Source` of its own, `_source`, made once `out_features` is known; its copies make theirs.
+
+    Attributes:
+        float8: while the layer trains, its base's products are those of `qft.lora.float8`.
+    """
 
     out_features: int
     _source: Source
+    float8: bool = False
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Ŵ as it stands now, (out_features, in_features) in `dtype`."""
         raise NotImplementedError
+
+    def codebook(self) -> Codebook | None:
+        """Ŵ's codes and constants themselves, where its format has a codebook."""
+        return None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -61,83 +78,105 @@ def _orphan() -> None:
     return None
 
 
-def operator(x: Tensor, source: Source, bias: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> Tensor:
+def operator(
+    x: Tensor, source: Source, bias: Tensor | None, tensors: Sequence[Tensor], layout: Layout, in_float8: bool = False
+) -> Tensor:
     """`x` (n, in_features) through the linear of `source`; see `qft.lora.autograd.lora_linear`."""
     # The backward pass wants these; were they results of the operator, recomputing them would multiply by the weight again.
     products = inner(x.detach(), [t.detach() for t in tensors], layout)
+    # an operator by itself, so that the compiler sees that linears with one input share it
+    codes, scale = torch.ops.qft.float8_rows(x.detach()) if in_float8 else (None, None)
     return torch.ops.qft.lora_linear(
-        x, source.number, source.out_features, bias, list(tensors), products, list(layout.scalings),
+        x, codes, scale, source.number, source.out_features, bias, list(tensors), products, list(layout.scalings),
         list(layout.has_dropped), list(layout.has_bias),
     )  # fmt: skip
 
 
-def _weight(number: Tensor, dtype: torch.dtype) -> Tensor:
+def _layer(number: Tensor) -> Sourced:
     layer = _layers.get(int(number))
     if layer is None:
         raise RuntimeError("a compiled linear belongs to a layer that is no more: compile the model's code again")
-    return layer.dequantized(dtype)
+    return layer
 
 
 _library = torch.library.Library("qft", "DEF")
 _LAYOUT = "float[] scalings, bool[] has_dropped, bool[] has_bias"
 _library.define(
-    "lora_linear(Tensor x, Tensor number, SymInt out_features, Tensor? bias, Tensor[] tensors, Tensor[] products, "
+    "lora_linear(Tensor x, Tensor? codes, Tensor? scale, Tensor number, SymInt out_features, Tensor? bias, "
+    "Tensor[] tensors, Tensor[] products, "
     f"{_LAYOUT}) -> Tensor"
 )
 _library.define(
     f"lora_linear_backward(Tensor g, Tensor x, Tensor number, Tensor[] tensors, Tensor[] products, {_LAYOUT}, "
-    "bool need_x, bool[] needs) -> Tensor[]"
+    "bool in_float8, bool need_x, bool[] needs) -> Tensor[]"
 )
+_library.define("float8_rows(Tensor x) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_library, "float8_rows", "CompositeExplicitAutograd")
+def _rows(x):
+    return float8.rows(x)
+
+
+@torch.library.register_fake("qft::float8_rows", lib=_library)
+def _rows_shapes(x):
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")
-def _forward(x, number, out_features, bias, tensors, products, scalings, has_dropped, has_bias):
-    layout = Layout(scalings, has_dropped, has_bias)
+def _forward(x, codes, scale, number, out_features, bias, tensors, products, scalings, has_dropped, has_bias):
+    layout, layer, weight, base = Layout(scalings, has_dropped, has_bias), _layer(number), None, None
     with settled(x):
-        return forward(x.contiguous(), _weight(number, x.dtype), bias, tensors, products, layout)
+        if codes is not None and len(x):
+            base = float8.forward_product(codes, scale, layer)
+        else:
+            weight = layer.dequantized(x.dtype)
+        return forward(x.contiguous(), weight, bias, tensors, products, layout, base)
 
 
 @torch.library.register_fake("qft::lora_linear", lib=_library)
-def _forward_shape(x, number, out_features, bias, tensors, products, scalings, has_dropped, has_bias):
+def _forward_shape(x, codes, scale, number, out_features, bias, tensors, products, scalings, has_dropped, has_bias):
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.impl(_library, "lora_linear_backward", "CompositeExplicitAutograd")
-def _backward(g, x, number, tensors, products, scalings, has_dropped, has_bias, need_x, needs):
-    layout = Layout(scalings, has_dropped, has_bias)
+def _backward(g, x, number, tensors, products, scalings, has_dropped, has_bias, in_float8, need_x, needs):
+    layout, layer = Layout(scalings, has_dropped, has_bias), _layer(number)
+    base = (lambda g: float8.gradient_product(g, layer)) if in_float8 and len(x) else None
     with settled(x):
         gx, grads = backward(
-            g.contiguous(), x.contiguous(), lambda: _weight(number, x.dtype), tensors, products, layout, need_x, needs
-        )
+            g.contiguous(), x.contiguous(), lambda: layer.dequantized(x.dtype), tensors, products, layout, need_x,
+            needs, base,
+        )  # fmt: skip
     return [t for t in (gx, *grads) if t is not None]
 
 
 @torch.library.register_fake("qft::lora_linear_backward", lib=_library)
-def _backward_shapes(g, x, number, tensors, products, scalings, has_dropped, has_bias, need_x, needs):
+def _backward_shapes(g, x, number, tensors, products, scalings, has_dropped, has_bias, in_float8, need_x, needs):
     wanted = [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(tensors, needs) if n]
     return ([x.new_empty(x.shape)] if need_x else []) + wanted
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, number, _, bias, tensors, products, scalings, has_dropped, has_bias = inputs
+    x, codes, _, number, _, bias, tensors, products, scalings, has_dropped, has_bias = inputs
     ctx.save_for_backward(x, number, *tensors, *products)
-    ctx.count, ctx.layout = len(tensors), (scalings, has_dropped, has_bias)
+    ctx.count, ctx.layout, ctx.in_float8 = len(tensors), (scalings, has_dropped, has_bias), codes is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _differentiate(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     x, number, *saved = ctx.saved_tensors
     tensors, products = saved[: ctx.count], saved[ctx.count :]
-    need_x, need_bias, needs = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+    need_x, need_bias, needs = (ctx.needs_input_grad[i] for i in (0, 5, 6))
     needs = list(needs) if tensors else []
     found: list[Tensor] = []
     if need_x or any(needs):
-        arguments = (g, x, number, tensors, products, *ctx.layout, need_x, needs)
+        arguments = (g, x, number, tensors, products, *ctx.layout, ctx.in_float8, need_x, needs)
         found = list(torch.ops.qft.lora_linear_backward(*arguments))
     gx = found.pop(0) if need_x else None
     gbias = bias_gradient(g, ctx.bias_dtype) if need_bias else None
     grads = [found.pop(0) if n else None for n in needs]
-    return gx, None, None, gbias, grads, [None] * len(products), None, None, None
+    return gx, None, None, None, None, gbias, grads, [None] * len(products), None, None, None
 
 
 torch.library.register_autograd("qft::lora_linear", _differentiate, setup_context=_save, lib=_library)

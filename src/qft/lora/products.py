@@ -50,15 +50,22 @@ def inner(x: Tensor, tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     tensors: Sequence[Tensor],
     products: Sequence[Tensor],
     layout: Layout,
+    base: Tensor | None = None,
 ) -> Tensor:
-    """y (n, out_features) in the dtype of `x` (n, in_features); `products` are those of `inner`."""
+    """y (n, out_features) in the dtype of `x` (n, in_features); `products` are those of `inner`.
+
+    `base` is x Ŵᵀ where that was computed in another way, in the place of `weight`; it is overwritten.
+    """
     dtype, at = working_dtype(x), 0
-    y, beta = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype), 0
+    if base is not None:
+        y, beta = base.to(dtype), 1
+    else:
+        y, beta = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype), 0
     for scaling, dropped, biased, h in zip(*layout, products, strict=True):
         y.addmm_(h, tensors[at + 1].to(dtype).T, beta=beta, alpha=scaling)
         at, beta = at + 2 + dropped, 1
@@ -66,7 +73,8 @@ def forward(
             y.add_(tensors[at].to(dtype), alpha=scaling)
             at += 1
     # the large product comes last, since adding to what is there costs it less than a pass over y for each update
-    y.addmm_(x.to(dtype), weight.to(dtype).T, beta=beta)
+    if base is None:
+        y.addmm_(x.to(dtype), weight.to(dtype).T, beta=beta)
     if bias is not None:
         y.add_(bias)
     return y.to(x.dtype)
@@ -81,11 +89,19 @@ def backward(
     layout: Layout,
     need_x: bool,
     needs: Sequence[bool],
+    base: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of x and of the updates' tensors, in the tensors' own dtypes; None where none is needed."""
+    """Gradients of x and of the updates' tensors, in the tensors' own dtypes; None where none is needed.
+
+    `base` computes g Ŵ in another way, in the place of `weight`.
+    """
     dtype = working_dtype(x)
+    gx, beta = None, 0
+    if need_x and base is not None:
+        gx, beta = base(g).to(dtype), 1
+    elif need_x:
+        gx = x.new_empty(x.shape, dtype=dtype)
     g = g.to(dtype)
-    gx, beta = x.new_empty(x.shape, dtype=dtype) if need_x else None, 0
     grads: list[Tensor | None] = []
     at = 0
     for scaling, dropped, biased, h in zip(*layout, products, strict=True):
@@ -105,9 +121,9 @@ def backward(
         if biased:
             grads.append(bias_gradient(g, tensors[at].dtype, scaling) if needs[at] else None)
             at += 1
-    if gx is not None:
-        gx = gx.addmm_(g, weight().to(dtype), beta=beta).to(x.dtype)
-    return gx, grads
+    if gx is not None and base is None:
+        gx.addmm_(g, weight().to(dtype), beta=beta)
+    return None if gx is None else gx.to(x.dtype), grads
 
 
 def bias_gradient(g: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:

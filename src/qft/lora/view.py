@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qft.errors import UnsupportedOperation
 from qft.hf import HELD
+from qft.kernels import Codebook
 from qft.lora.autograd import lora_linear
 from qft.lora.operator import Source, Sourced
 from qft.quantizer import QuantizedWeight, Quantizer, replace_module
@@ -56,6 +57,9 @@ class LinearView(Sourced, nn.Linear):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return self.quantizer.dequantize(self.handle, dtype=dtype)
 
+    def codebook(self) -> Codebook | None:
+        return self.quantizer.codebook(self.handle)
+
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         return _ReadOnly(self.quantizer.dequantize(self.handle), requires_grad=False)
@@ -70,7 +74,9 @@ class LinearView(Sourced, nn.Linear):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) if self.native else lora_linear(x, self._source, self.bias)
+        if self.native:
+            return self.layer(x)
+        return lora_linear(x, self._source, self.bias, in_float8=self.float8 and self.training)
 
 
 _WRITTEN = (
