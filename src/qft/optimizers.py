@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 _MODULE = "bitsandbytes.optim.optimizer"
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _hooks: list[Any] = []
+_stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _own: Any = None
 """bitsandbytes' function, while a step runs without it."""
 
@@ -48,7 +49,13 @@ def _before(optimizer: torch.optim.Optimizer) -> None:
         _own, module.sync_gpu = module.sync_gpu, _nothing
 
 
+def has_states(weight: nn.Parameter) -> bool:
+    """Whether an optimizer that has made a step since `wait_once` keeps something for this weight."""
+    return any(optimizer.state.get(weight) for optimizer in _stepped)
+
+
 def _after(optimizer: torch.optim.Optimizer) -> None:
+    _stepped.add(optimizer)
     if _own is not None:
         wait = _own
         _restore()
