@@ -31,6 +31,7 @@ import torch
 from peft import LoraConfig
 
 import qft
+from qft import optimizing
 
 GIB = 1024**3
 LARGE: dict[str, dict[str, Any]] = {
@@ -131,6 +132,7 @@ def serve(numbers: list[int], tiny: bool, device: str, steps: int) -> None:
         flush=True,
     )
     sys.stdin.readline()
+    optimizing.switches.compile = device == "cuda"
     model = made(numbers[0], tiny, device)
     for i, row in zip(numbers, rows, strict=True):
         try:
@@ -266,12 +268,14 @@ class Process:
     def ended(self) -> bool:
         return self.process.poll() is not None and self.lines.empty()
 
-    def missing(self) -> list[dict[str, Any]]:
+    def missing(self, late: str | None) -> list[dict[str, Any]]:
         """A row for each combination that none came of."""
         self.log.seek(0)
         last = (self.log.read().strip().splitlines() or [f"exit status {self.process.returncode}"])[-1][:300]
         done = {r["combination"] for r in self.rows}
-        return [{"combination": i, "of": COMBINATIONS[i], "failed": last} for i in self.numbers if i not in done]
+        return [
+            {"combination": i, "of": COMBINATIONS[i], "failed": late or last} for i in self.numbers if i not in done
+        ]
 
 
 def main() -> None:
@@ -318,7 +322,7 @@ def measure(options: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
                     p.process.kill()
                     p.process.wait()
                 if p.ended:
-                    found += p.missing()
+                    found += p.missing(f"not done after {options.timeout:g} s" if late else None)
                     (going if p in going else waiting).remove(p)
                 for row in found:
                     if "peak_gib" in row:
