@@ -1,27 +1,37 @@
-"""Plans against `torch.cuda.max_memory_allocated`: each combination in a process of its own.
+"""Plans against `torch.cuda.max_memory_allocated`: a process for each model and quantizer, several at a time.
 
     python benchmarks/memory_plan.py --out benchmarks/results/memory_plan-h100.json
     python benchmarks/memory_plan.py --shape tiny --device cpu     # tries the script out: no peaks, two steps each
 
 Weights are random, as `shapes.py` and `experts.py` draw them; token ids, too. A combination that runs out of memory is noted.
+
+A process makes its model once and trains it in one combination after the other, with the adapter's weights and an optimizer
+made anew; `max_memory_allocated` counts one process. Those whose plans fit on the card together run together.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import os
+import queue
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import shapes
+import stacks
 import torch
 from peft import LoraConfig
 
 import qft
+from qft import optimizing
 
 GIB = 1024**3
 LARGE: dict[str, dict[str, Any]] = {
@@ -110,56 +120,162 @@ def optimizer_of(name: str, weights: list[torch.nn.Parameter]) -> torch.optim.Op
     return {"adamw8bit": optim.AdamW8bit, "paged_adamw8bit": optim.PagedAdamW8bit}[name](weights, lr=1e-4)
 
 
-def one(index: int, tiny: bool, device: str, steps: int) -> dict[str, Any]:
-    """The plan of a combination, and what training it for some steps takes."""
-    name, spec, batch, sequence, recompute, optimizer, fast = COMBINATIONS[index]
-    if tiny:
-        batch, sequence = 1, 32
+def serve(numbers: list[int], tiny: bool, device: str, steps: int) -> None:
+    """The process of some combinations of one model and quantizer: what they need, and once told to go, a line for each."""
+    rows = [planned(i, tiny, device) for i in numbers]
+    settings = config(COMBINATIONS[numbers[0]][0], tiny)
+    elements = (
+        2 * settings.hidden_size * settings.vocab_size + 13 * settings.num_hidden_layers * settings.hidden_size**2
+    )
+    print(
+        json.dumps({"needs": max([int(2.6 * elements), *(int(r["plan_gib"] * 1.15 * GIB) + 2**30 for r in rows)])}),
+        flush=True,
+    )
+    sys.stdin.readline()
+    optimizing.switches.compile = device == "cuda"
+    model = made(numbers[0], tiny, device)
+    for i, row in zip(numbers, rows, strict=True):
+        try:
+            row |= trained(model, i, tiny, device, steps)
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        for p in model.parameters():
+            p.grad = None
+        gc.collect()
+        torch._dynamo.reset()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        print(json.dumps(row), flush=True)
+
+
+def sizes(index: int, tiny: bool, device: str) -> tuple[int, int, str]:
+    """Batch, sequence and optimizer."""
+    _, _, batch, sequence, _, optimizer, _ = COMBINATIONS[index]
     if device == "cpu" and "8bit" in optimizer:
         optimizer = "adamw"
-    found: dict[str, Any] = {
-        "model": name, "quantizer": spec, "batch": batch, "sequence": sequence, "recompute": recompute,
-        "optimizer": optimizer, "fast": fast,
-    }  # fmt: skip
-    settings, cuda = config(name, tiny), device == "cuda"
-    memory = MEMORY[recompute]
+    return (1, 32, optimizer) if tiny else (batch, sequence, optimizer)
+
+
+def planned(index: int, tiny: bool, device: str) -> dict[str, Any]:
+    name, spec, _, _, recompute, _, fast = COMBINATIONS[index]
+    batch, sequence, optimizer = sizes(index, tiny, device)
     start = time.perf_counter()
     plan = qft.plan(
-        settings, spec, batch_size=batch, sequence_length=sequence, adapter=adapter(name), optimizer=optimizer,
-        memory=memory, fast=fast, device=device,
+        config(name, tiny), spec, batch_size=batch, sequence_length=sequence, adapter=adapter(name), optimizer=optimizer,
+        memory=MEMORY[recompute], fast=fast, device=device,
     )  # fmt: skip
-    found |= {"plan_gib": plan.training_peak / GIB, "moment": plan.moment, "plan_s": time.perf_counter() - start}
-    found["totals_gib"] = {k: v / GIB for k, v in plan.totals.items()}
-    model = shapes.random_model(settings, device)
-    model = qft.quantize_and_wrap(
-        model, spec, adapter=adapter(name), use_gradient_checkpointing=recompute != "none", progress=False
-    )
+    return {
+        "combination": index, "model": name, "quantizer": spec, "batch": batch, "sequence": sequence,
+        "recompute": recompute, "optimizer": optimizer, "fast": fast, "plan_gib": plan.training_peak / GIB,
+        "moment": plan.moment, "totals_gib": {k: v / GIB for k, v in plan.totals.items()},
+        "plan_s": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def made(index: int, tiny: bool, device: str) -> Any:
+    """The model, quantized and with its adapter. Of formats that take their time, one layer of a shape is quantized."""
+    name, spec, *_ = COMBINATIONS[index]
+    model = shapes.random_model(config(name, tiny), device)
+    if spec == "hqq" and not name.startswith("qwen3_moe"):
+        stacks.copied(model, qft.get_quantizer(spec))
+        return qft.wrap(qft.prepare_model_for_kbit_training(model, False), adapter(name)).train()
+    return qft.quantize_and_wrap(
+        model, spec, adapter=adapter(name), use_gradient_checkpointing=False, progress=False
+    ).train()
+
+
+def trained(model: Any, index: int, tiny: bool, device: str, steps: int) -> dict[str, Any]:
+    """What training it for some steps takes."""
+    recompute, fast = COMBINATIONS[index][4], COMBINATIONS[index][6]
+    batch, sequence, optimizer = sizes(index, tiny, device)
+    cuda, base = device == "cuda", model.get_base_model()
+    qft.unoptimize(model)
     if fast:
-        qft.optimize_training(model, memory=memory)
-    elif recompute == "half":
-        raise SystemExit("the plain path recomputes all or nothing")
-    weights = [p for p in model.train().parameters() if p.requires_grad]
-    step = optimizer_of(optimizer, weights)
+        qft.optimize_training(model, memory=MEMORY[recompute])
+    elif recompute == "all":
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    elif recompute == "none":
+        base.gradient_checkpointing_disable()
+    else:
+        raise ValueError("the plain path recomputes all or nothing")
+    step = optimizer_of(optimizer, [p for p in model.parameters() if p.requires_grad])
+    found: dict[str, Any] = {}
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         found["model_gib"] = torch.cuda.memory_allocated() / GIB
     generator = torch.Generator().manual_seed(0)
+    start = time.perf_counter()
     for at in range(1 + steps):
         if cuda and at == 1:  # what the first step compiles and tunes is no part of it
+            found["first_gib"] = torch.cuda.max_memory_allocated() / GIB
             torch.cuda.reset_peak_memory_stats()
-        ids = torch.randint(settings.vocab_size, (batch, sequence), generator=generator).to(device)
+        ids = torch.randint(base.config.vocab_size, (batch, sequence), generator=generator).to(device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         step.step()
         step.zero_grad(set_to_none=True)
         found["loss"] = float(loss.detach())
         del loss
+    found["train_s"] = time.perf_counter() - start
     if cuda:
         found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-        found["error"] = found["plan_gib"] / found["peak_gib"] - 1
     return found
+
+
+class Process:
+    """Combinations of one model and quantizer, in a process that has planned them and waits to be told to go."""
+
+    def __init__(self, numbers: list[int], options: argparse.Namespace, place: Path):
+        command = [sys.executable, __file__, "--serve", *map(str, numbers), "--shape", options.shape]
+        command += ["--device", options.device, "--steps", str(options.steps)]
+        self.numbers, self.log = numbers, (place / f"{numbers[0]}.log").open("w+")
+        self.lines: queue.Queue[str] = queue.Queue()
+        env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env
+        )
+        self.needs: int | None = None
+        self.went, self.rows = 0.0, list[dict[str, Any]]()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                self.lines.put(line)
+
+    def look(self) -> list[dict[str, Any]]:
+        """The rows that came since."""
+        new = []
+        while not self.lines.empty():
+            row = json.loads(self.lines.get())
+            if "needs" in row:
+                self.needs = row["needs"]
+            else:
+                new.append(row)
+        self.rows += new
+        return new
+
+    def go(self) -> None:
+        self.went = time.perf_counter()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None and self.lines.empty()
+
+    def missing(self, late: str | None) -> list[dict[str, Any]]:
+        """A row for each combination that none came of."""
+        self.log.seek(0)
+        last = (self.log.read().strip().splitlines() or [f"exit status {self.process.returncode}"])[-1][:300]
+        done = {r["combination"] for r in self.rows}
+        return [
+            {"combination": i, "of": COMBINATIONS[i], "failed": late or last} for i in self.numbers if i not in done
+        ]
 
 
 def main() -> None:
@@ -168,29 +284,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of combinations, from 0")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for each")
+    parser.add_argument("--jobs", type=int, default=5 if torch.cuda.is_available() else 1, help="processes that train")
+    parser.add_argument("--serve", type=int, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--timeout", type=float, default=400, help="seconds for all of it; what is not done is noted")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if options.one is not None:
-        print(json.dumps(one(options.one, options.shape == "tiny", options.device, options.steps)))
+    if options.serve is not None:
+        serve(options.serve, options.shape == "tiny", options.device, options.steps)
         return
-    runs = []
-    for index in options.only if options.only is not None else range(len(COMBINATIONS)):
-        command = [sys.executable, __file__, "--one", str(index), "--shape", options.shape, "--device", options.device]
-        command += ["--steps", str(options.steps)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, env={**os.environ})
-            failed = done.stderr.strip().splitlines()[-1:] if done.returncode else []
-            run = {"combination": COMBINATIONS[index], "failed": failed[0] if failed else "no output"}
-            if not done.returncode:
-                run = json.loads(done.stdout.splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            run = {"combination": COMBINATIONS[index], "failed": f"over {options.timeout:g} s"}
-        runs.append(run)
-        print(json.dumps(run), flush=True)
-        if options.out is not None:  # after each, so that a run that is cut off leaves what it has
-            write(options, runs)
+    with tempfile.TemporaryDirectory(prefix="memory_plan-") as place:
+        runs = measure(options, Path(place))
     failed = [r for r in runs if "failed" in r]
     measured = [r for r in runs if "error" in r]
     missed = [r for r in measured if abs(r["error"]) > 0.05]
@@ -200,10 +303,53 @@ def main() -> None:
             print(title, json.dumps(row))
 
 
+def measure(options: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
+    start, groups = time.perf_counter(), dict[tuple[str, str], list[int]]()
+    for i in options.only if options.only is not None else range(len(COMBINATIONS)):
+        groups.setdefault(COMBINATIONS[i][:2], []).append(i)
+    todo = [[*g] for g in groups.values()]
+    ahead = os.cpu_count() if options.device == "cuda" else 1  # of imports and plans at once
+    room = int(torch.cuda.mem_get_info()[1] * 0.95) if options.device == "cuda" else 2**62
+    waiting, going, runs = list[Process](), list[Process](), list[dict[str, Any]]()
+    try:
+        while todo or waiting or going:
+            while todo and len(waiting) + len(going) < ahead:
+                waiting.append(Process(todo.pop(0), options, place))
+            late = time.perf_counter() - start > options.timeout
+            for p in [*waiting, *going]:
+                found = p.look()
+                if late:
+                    p.process.kill()
+                    p.process.wait()
+                if p.ended:
+                    found += p.missing(f"not done after {options.timeout:g} s" if late else None)
+                    (going if p in going else waiting).remove(p)
+                for row in found:
+                    if "peak_gib" in row:
+                        row["error"] = row["plan_gib"] / row["peak_gib"] - 1
+                    runs.append(row)
+                    print(f"{time.perf_counter() - start:6.1f} s {json.dumps(row)}", flush=True)
+                if found and options.out is not None:  # after each, so that a run that is cut off leaves what it has
+                    write(options, sorted(runs, key=lambda r: r["combination"]))
+            ready = sorted((p for p in waiting if p.needs is not None), key=lambda p: -p.needs)
+            for p in ready:
+                if len(going) < options.jobs and (not going or p.needs + sum(g.needs for g in going) <= room):
+                    waiting.remove(p)
+                    going.append(p)
+                    p.go()
+            if late:
+                todo.clear()
+            time.sleep(0.05)
+    finally:
+        for p in [*waiting, *going]:
+            p.process.kill()
+    return sorted(runs, key=lambda r: r["combination"])
+
+
 def write(options: Any, runs: list[dict[str, Any]]) -> None:
     import smollm
 
-    found = {"shape": options.shape, **smollm.about()}
+    found = {"shape": options.shape, "steps": options.steps, **smollm.about()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**found, "runs": runs}, indent=1) + "\n")
 

@@ -269,6 +269,12 @@ def test_bytes_grow_with_what_is_kept_and_with_the_batch():
     assert batches == sorted(set(batches))
 
 
+def test_a_second_size_is_measured_as_the_first_would_be():
+    again, once = Estimate(small, "nf4"), Estimate(small, "nf4")
+    again.measured(1, 32)
+    assert again.measured(2, 64) == once.measured(2, 64)
+
+
 def test_the_plain_path_has_all_logits():
     fast, plain = (qft.plan(small, sequence_length=128, batch_size=8, fast=f) for f in (True, False))
     tokens = 8 * 128
@@ -327,7 +333,7 @@ def test_fits_leaves_room_for_what_the_allocator_does_not_count():
 
 def test_amounts():
     assert memory_of("24GB") == 24 * 10**9 and memory_of("1.5 GiB") == 3 * 2**29 and memory_of(5) == 5
-    for wrong in ("24", "GB", "-1GB", "many GB", 0, True, None, "nanGB", "infGB"):
+    for wrong in ("24", "GB", "B", "-1GB", "many GB", 0, True, None, "nanGB", "infGB"):
         with pytest.raises(qft.BadOption, match="24GB"):
             memory_of(wrong)
 

@@ -67,6 +67,7 @@ class Plan:
     Attributes:
         compiles: whether blocks are compiled, with this `backend` of torch.compile.
         keeps: indices of blocks that keep their activations; None leaves that to the model's own flags.
+        chooser: chooses `keeps` for each training batch from what its blocks' owner is called with; None: `keeps` stays.
         loss: what was put on the model itself, if anything.
         kinds: blocks that share compiled code, by what makes them alike.
         flags: by id of a block, whether the model's own flag wants it recomputed, while its owner's forward runs.
@@ -75,6 +76,7 @@ class Plan:
     compiles: bool = True
     backend: str | Callable[..., Any] = "inductor"
     keeps: frozenset[int] | None = None
+    chooser: Callable[[tuple[Any, ...], dict[str, Any]], frozenset[int] | None] | None = None
     loss: Patch | None = None
     kinds: dict[Any, Kind] = field(default_factory=dict)
     flags: dict[int, bool] = field(default_factory=dict)
@@ -91,6 +93,8 @@ class BlocksForward(Patch):
         owner = self.module
         if not (self.active and owner.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
+        if self.plan.chooser is not None:
+            self.plan.keeps = self.plan.chooser(args, kwargs)
         if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None and self._takes_use_cache(args):
             kwargs["use_cache"] = False  # the default of most configs; nobody reads a cache in training
         own = getattr(owner, "gradient_checkpointing", False)

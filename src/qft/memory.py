@@ -17,6 +17,8 @@ OUTSIDE = GIB // 2
 """What a process holds on a card outside of torch's allocator: CUDA's context and kernels."""
 SLACK = 0.05
 """What the allocator may lose to fragments: `fits` adds it to the peak."""
+KEEP = ("auto", "model", "least", "most")
+"""`optimize_training`'s words for which blocks keep their activations."""
 PARTS = {
     "codes": "quantized weights",
     "constants": "their scales, zero points, codebooks",
@@ -142,18 +144,18 @@ def needed(peak: int) -> int:
 
 
 def memory_of(text: int | str) -> int:
-    """Bytes of "24GB" (10⁹), "24GiB" (2³⁰), or a number of bytes."""
+    """Bytes of "24GB" (10⁹), "24GiB" (2³⁰), the same with M, "24000000000B", or a number of bytes."""
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
         return text
     if isinstance(text, str):
-        for unit, size in (("gib", 2**30), ("gb", 10**9), ("mib", 2**20), ("mb", 10**6)):
+        for unit, size in (("gib", 2**30), ("gb", 10**9), ("mib", 2**20), ("mb", 10**6), ("b", 1)):
             number = text.strip().lower().removesuffix(unit)
             if number != text.strip().lower():
                 try:
                     value = float(number)
                 except ValueError:
                     break
-                if 0 < value < 1e9:
+                if 0 < value * size < 1e18:
                     return int(value * size)
     raise BadOption(f"memory {text!r}: write '24GB', '24GiB', or a number of bytes")
 
@@ -188,8 +190,8 @@ def plan(
         adapter: a `LoraConfig`; default rank 16 on all linear layers. Weights of adapters are float32.
         optimizer: "adamw" (torch's), "adamw8bit", "paged_adamw8bit", "paged_adamw32bit" (bitsandbytes'), "sgd",
             "sgd_momentum", or transformers' name of one of these. What is paged is in host memory.
-        memory: which blocks keep their activations, as `optimize_training` takes it; "auto" recomputes all. Or what there
-            is, "24GB" or "24GiB": then the plan is for what fits in it, and `answer` says what was chosen and why.
+        memory: which blocks keep their activations, as `optimize_training` takes it; "auto" and "model" recompute all. Or what
+            there is, "24GB" or "24GiB": then the plan is for what fits in it, and `answer` says what was chosen and why.
         fast: under `optimize_training`: compiled blocks, no logits. False: as the model's own code computes it.
         autocast: the step runs under bfloat16 autocast.
         cards: shard weights, adapters and states over this many; each gathers two blocks, embeddings and head at a time.
@@ -248,4 +250,4 @@ def plan(
 
 def memory_limit(memory: Any) -> int | None:
     """Bytes where `memory` is an amount, such as "24GB"; None where it says which blocks keep their activations."""
-    return memory_of(memory) if isinstance(memory, str) and memory not in ("auto", "least", "most") else None
+    return memory_of(memory) if isinstance(memory, str) and memory not in KEEP else None

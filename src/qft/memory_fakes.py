@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qft.blocks import _signature, find_blocks
 from qft.errors import UnsupportedOperation
@@ -27,25 +27,30 @@ from qft.quantizer import float_weight
 class Linear(nn.Module):
     """A quantized or adapted linear without its weight: qft's own arithmetic, over a Ŵ that is made when asked for."""
 
-    def __init__(self, layer: nn.Module, rank: int, dropout: float, quantized: bool):
+    def __init__(self, weight: Tensor, bias: Tensor | None, quantized: bool):
         super().__init__()
-        weight = float_weight(layer)
         self.out_features, self.in_features = weight.shape
-        self.dtype, self.dropout, self.quantized = weight.dtype, dropout, quantized
-        self.bias, self.rank = layer.bias, rank
+        self.quantized, self.bias = quantized, bias
         self.weight = None if quantized else nn.Parameter(torch.empty_like(weight), requires_grad=False)
-        if rank:
-            self.A = nn.Parameter(torch.empty(rank, self.in_features, device="meta"))
-            self.B = nn.Parameter(torch.empty(self.out_features, rank, device="meta"))
+        self.dropouts: list[float] = []
+
+    def adapt(self, rank: int, dropout: float, dtype: torch.dtype = torch.float32, trained: bool = True) -> None:
+        """One more adapter, (rank, in_features) and (out_features, rank)."""
+        i = len(self.dropouts)
+        for name, shape in ((f"A{i}", (rank, self.in_features)), (f"B{i}", (self.out_features, rank))):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), trained))
+        self.dropouts.append(dropout)
 
     def dequantized_bytes(self, dtype: torch.dtype) -> int:
         return self.out_features * self.in_features * dtype.itemsize if self.quantized else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.quantized and not self.rank:
+        if not self.quantized and not self.dropouts:
             return nn.functional.linear(x, self.weight, self.bias)
-        dropped = nn.functional.dropout(x, self.dropout) if self.rank and self.dropout else None
-        updates = [Update(self.A, self.B, 1.0, dropped)] if self.rank else []
+        updates = []
+        for i, p in enumerate(self.dropouts):
+            dropped = nn.functional.dropout(x, p) if p else None
+            updates.append(Update(self._parameters[f"A{i}"], self._parameters[f"B{i}"], 1.0, dropped))
         return lora_linear(x, self._floats, self.bias, updates)
 
     def _floats(self, dtype: torch.dtype) -> Tensor:
@@ -105,13 +110,16 @@ class Experts:
 def stand_in(found: Outline) -> None:
     """Put these into the model of an outline, which cannot be weighed any more afterwards."""
     model, ranks = found.model, found.ranks
+    model.requires_grad_(False)
     for name in {**found.selection.targets, **ranks}:
         where, _, last = name.rpartition(".")
         owner = model.get_submodule(where)
         if last in owner._parameters:
             continue
         layer = model.get_submodule(name)
-        new = Linear(layer, ranks.get(name, 0), found.adapter.lora_dropout, name in found.selection.targets)
+        new = Linear(float_weight(layer), layer.bias, name in found.selection.targets)
+        if name in ranks:
+            new.adapt(ranks[name], found.adapter.lora_dropout)
         setattr(owner, last, new)
     for where, module in list(model.named_modules()):
         fused = fused_parameters(module)
@@ -166,8 +174,23 @@ class _Through(torch.autograd.Function):
         return torch.empty_like(g), None
 
 
-def measure(found: Outline, batch: int, sequence: int, *, fast: bool, autocast: bool) -> Measured:
-    """Run what stands around the blocks, and one block of each kind."""
+def measure(
+    found: Outline,
+    batch: int,
+    sequence: int,
+    *,
+    fast: bool,
+    autocast: bool,
+    compiled: bool | None = None,
+    masked: bool = False,
+) -> Measured:
+    """Run what stands around the blocks, and one block of each kind.
+
+    Args:
+        fast: the loss comes without logits.
+        compiled: blocks are compiled; default as `fast`.
+        masked: attention reads a mask of (batch, 1, sequence, sequence), which padding and packing make.
+    """
     model: Any = found.model
     owners = find_blocks(model)
     if len(owners) != 1:
@@ -179,7 +202,7 @@ def measure(found: Outline, batch: int, sequence: int, *, fast: bool, autocast: 
     keys: list[Any] = []
     ledger = Ledger()
     seen: dict[str, int] = {}
-    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    context = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
 
     def recorder(block: nn.Module, real: Callable[..., Any], last: bool) -> Callable[..., Any]:
         key = (type(block), getattr(block, "attention_type", None), _signature(block))
@@ -209,7 +232,8 @@ def measure(found: Outline, batch: int, sequence: int, *, fast: bool, autocast: 
         try:
             ids = torch.empty(batch, sequence, dtype=torch.int64)
             with ledger:
-                loss = _loss(model, ids, fast)
+                mask = {"attention_mask": torch.empty(batch, 1, sequence, sequence, dtype=torch.bool)} if masked else {}
+                loss = _loss(model, ids, fast, mask)
                 loss.backward()
         finally:
             hook.remove()
@@ -220,7 +244,7 @@ def measure(found: Outline, batch: int, sequence: int, *, fast: bool, autocast: 
         profiles = {}
         for key, (block, args, kwargs) in kinds.items():
             _to_fake(block, set())
-            profiles[key] = block_profile(block, args, kwargs, fast)
+            profiles[key] = block_profile(block, args, kwargs, fast if compiled is None else compiled)
     return Measured(tuple(profiles[k] for k in keys), seen["shared"], seen["head"] - seen["before"] + seen["shared"])
 
 
@@ -229,11 +253,11 @@ def _returns_tuple(block: nn.Module) -> bool:
     return "tuple" in hint.lower() and "Tensor |" not in hint and "| torch.Tensor" not in hint
 
 
-def _loss(model: Any, ids: Tensor, fast: bool) -> Tensor:
+def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor]) -> Tensor:
     if not fast:
-        return model(input_ids=ids, labels=ids, use_cache=False).loss
+        return model(input_ids=ids, labels=ids, use_cache=False, **mask).loss
     base = getattr(model, model.base_model_prefix)
-    hidden = base(input_ids=ids, use_cache=False)[0]
+    hidden = base(input_ids=ids, use_cache=False, **mask)[0]
     head = model.get_output_embeddings()
     flat = hidden.reshape(-1, hidden.shape[-1])
     weight = head.weight.detach()
@@ -246,17 +270,17 @@ def _loss(model: Any, ids: Tensor, fast: bool) -> Tensor:
 
 
 def _to_fake(module: nn.Module, without: set[int]) -> None:
-    """Fake tensors in the place of those on "meta"; a weight that is shared stays shared."""
+    """Fake tensors in the place of those on "meta", and of an earlier run's; a weight that is shared stays shared."""
     memo: dict[int, Tensor] = {}
     for m in module.modules():
         if id(m) in without:
             continue
-        for place in (m._parameters, m._buffers):
+        for place in (m._parameters, m._buffers, m.__dict__):
             for name, t in place.items():
-                if t is None or t.device.type != "meta":
+                # fakes of an earlier run would be taken for tensors that an operation made
+                if not isinstance(t, FakeTensor) and not (isinstance(t, Tensor) and t.is_meta):
                     continue
                 if id(t) not in memo:
                     new = torch.empty(t.shape, dtype=t.dtype)
-                    trained = "A" == name or "B" == name or name.endswith(("_A", "_B"))
-                    memo[id(t)] = nn.Parameter(new, requires_grad=trained) if isinstance(t, nn.Parameter) else new
+                    memo[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
                 place[name] = memo[id(t)]  # type: ignore[assignment]

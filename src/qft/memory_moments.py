@@ -72,6 +72,7 @@ class Estimate:
     cards: int = 1
     on_gpu: bool = True
     in_place: bool = False
+    compiled: bool | None = None
 
     def __post_init__(self) -> None:
         name = _ALIASES.get(self.optimizer, self.optimizer)
@@ -80,7 +81,7 @@ class Estimate:
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise BadOption(f"optimizer={self.optimizer!r}; {hint}known: {', '.join(OPTIMIZERS)}")
         self.optimizer = name
-        self._measured: dict[tuple[int, int], Measured] = {}
+        self._measured: dict[tuple[int, int, bool, bool], Measured] = {}
 
     @cached_property
     def outline(self) -> Outline:
@@ -88,11 +89,12 @@ class Estimate:
         stand_in(found)
         return found
 
-    def measured(self, batch: int, sequence: int) -> Measured:
-        key = (batch, sequence)
+    def measured(self, batch: int, sequence: int, masked: bool = False) -> Measured:
+        key = (batch, sequence, masked, self.autocast)
         if key not in self._measured:
+            options = {"fast": self.fast, "autocast": self.autocast, "compiled": self.compiled, "masked": masked}
             try:
-                self._measured[key] = measure(self.outline, batch, sequence, fast=self.fast, autocast=self.autocast)
+                self._measured[key] = measure(self.outline, batch, sequence, **options)
             except UnsupportedOperation:
                 raise
             except Exception as error:
@@ -105,7 +107,7 @@ class Estimate:
     def plan(self, batch: int, sequence: int, memory: Any, answer: str | None = None) -> Plan:
         found, model = self.measured(batch, sequence), self.outline.model
         keeps = _kept(memory, len(found.blocks)) or frozenset()
-        moments, host = self._moments(found, keeps)
+        moments, host = self.moments(found, keeps)
         return Plan(
             moments=moments,
             host=host,
@@ -123,7 +125,8 @@ class Estimate:
             answer=answer,
         )
 
-    def _moments(self, found: Measured, keeps: frozenset[int]) -> tuple[dict[str, dict[str, int]], int]:
+    def moments(self, found: Measured, keeps: frozenset[int]) -> tuple[dict[str, dict[str, int]], int]:
+        """Moment → bytes by part, when these blocks keep their activations, and bytes in host memory."""
         weights, blocks = self.outline.weights, found.blocks
         states, host, needs = optimizer_bytes(self.optimizer, weights.trained)
         frozen = {k: self._share(getattr(weights, k)) for k in ("codes", "constants", "embeddings", "other")}

@@ -20,6 +20,7 @@ _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _read: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers whose state dicts wait; they go on doing so, which costs nothing."""
 _hooks: list[Any] = []
+_stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _own: Any = None
 """bitsandbytes' function, while a step runs without it."""
 
@@ -29,7 +30,7 @@ def wait_when_read(model: nn.Module) -> None:
     _models.add(model)
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _before(optimizer)))
-        _hooks.append(register_optimizer_step_post_hook(lambda *_: _restore()))
+        _hooks.append(register_optimizer_step_post_hook(lambda optimizer, *_: _after(optimizer)))
 
 
 def wait_as_before(model: nn.Module) -> None:
@@ -56,6 +57,16 @@ def _before(optimizer: torch.optim.Optimizer) -> None:
 
 def _wait(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     sys.modules[_MODULE].sync_gpu(next(p for group in optimizer.param_groups for p in group["params"]))  # type: ignore[attr-defined]
+
+
+def has_states(weight: nn.Parameter) -> bool:
+    """Whether an optimizer that has made a step since `wait_when_read` keeps something for this weight."""
+    return any(optimizer.state.get(weight) for optimizer in _stepped)
+
+
+def _after(optimizer: torch.optim.Optimizer) -> None:
+    _stepped.add(optimizer)
+    _restore()
 
 
 def _restore() -> None:

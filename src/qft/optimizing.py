@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from qft import blocks as _blocks
+from qft.choosing import Chooser
 from qft.errors import BadOption, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.headless import HeadlessForward, Patch, why_not
 from qft.lora.operator import Sourced
+from qft.memory import memory_limit
 from qft.optimizers import wait_as_before, wait_when_read
 from qft.registry import quantizer_of
 
@@ -53,9 +55,20 @@ def optimize_training(
 
     Args:
         model: a model, quantized or not, or a PeftModel over one.
-        memory: which blocks keep their activations for the backward pass. "auto" leaves that to the model: none where
-            gradient checkpointing is on, else all. "least": none. "most": all. An integer, or a float from 0.0 to 1.0
-            as a share: that many of the last ones, the others are recomputed.
+        memory: which blocks keep their activations for the backward pass; the others are recomputed. Those that keep
+            theirs are the last ones.
+
+            - "auto": on CUDA, as many as fit into what this process can have on the model's device. This overrides the
+              model's own gradient checkpointing, which `prepare_model_for_kbit_training` switches on. Elsewhere "model".
+            - "24GB" (10⁹), "24GiB" (2³⁰), "24000000000B": as many as fit when the whole process is to use no more than that.
+            - "model": the model's own choice: none where gradient checkpointing is on, else all.
+            - "least": none. "most": all. An integer, or a float from 0.0 to 1.0 as a share: that many.
+
+            The first two are decided at each training batch of a new size, from `qft.plan`'s estimate of the model as it
+            stands, with the states of torch's AdamW counted in until an optimizer has its own: a second at most, after
+            which the decision is kept for batches of that size. A batch for which even recomputing all blocks is too
+            much is refused before anything of it is computed. Where a plan knows nothing of the model (encoder-decoders,
+            DoRA, weights that are trained whole), a warning says so, and it is "model".
         compute: "bf16" leaves the dtypes of the model and of autocast. "fp8": where a layer computes in bfloat16 while it
             trains, with gradients, its base weight's two products are of float8 (e4m3, a scale a row; `qft.lora.float8`),
             3 to 4 % off in the Frobenius norm, on CUDA devices of compute capability 8.9 and newer; a warning counts the
@@ -70,10 +83,13 @@ def optimize_training(
         UnsupportedOperation: compute="fp8" on a model without a layer that can, offload="activations".
         UnsupportedDevice: compute="fp8" where no layer is on a device that can, offload="activations" on another device
             than CUDA.
+
+        And from a training forward, BadOption or UnsupportedDevice: the batch does not fit; the message says what does.
     """
     owners = _blocks.find_blocks(model)
     total = sum(len(members) for _, members in owners)
-    keeps = _kept(memory, total)
+    chooses = _chooses(memory)
+    keeps = None if chooses else _kept(memory, total)
     in_float8, notes = _computes(model, compute)
     device = _device(model)
     if offload not in (None, "activations"):
@@ -107,6 +123,8 @@ def optimize_training(
         keeps=keeps,
         loss=loss,
     )
+    if chooses:
+        plan.chooser = Chooser(memory, inner, plan)
     index = 0
     for owner, members in owners:
         _blocks.BlocksForward(owner, members, plan).put_on()
@@ -129,9 +147,17 @@ def unoptimize(model: nn.Module) -> nn.Module:
     return model
 
 
+def _chooses(memory: Any) -> bool:
+    """Whether each batch decides which blocks keep their activations."""
+    try:
+        return memory == "auto" or memory_limit(memory) is not None
+    except BadOption:  # `_kept` says what it can be
+        return False
+
+
 def _kept(memory: Any, total: int) -> frozenset[int] | None:
     """Indices of the blocks that keep their activations, or None for the model's own choice."""
-    if memory == "auto":
+    if memory in ("auto", "model"):
         return None
     if memory == "least":
         return frozenset()
@@ -143,8 +169,8 @@ def _kept(memory: Any, total: int) -> frozenset[int] | None:
         count = round(memory * total)
     else:
         raise BadOption(
-            f"memory={memory!r}; it is 'auto', 'least', 'most', a number of blocks (an int), or a share of them (a float "
-            "from 0.0 to 1.0)"
+            f"memory={memory!r}; it is 'auto', an amount such as '24GB', 'model', 'least', 'most', a number of blocks (an "
+            "int), or a share of them (a float from 0.0 to 1.0)"
         )
     return frozenset(range(total - count, total))
 
