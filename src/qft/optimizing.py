@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ from torch import nn
 from qft import blocks as _blocks
 from qft.errors import BadOption, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.headless import HeadlessForward, Patch, why_not
+from qft.offloading import Checkpoints
 from qft.optimizers import wait_as_before, wait_once
+from qft.streaming import WeightStream, check
 
 
 @dataclass
@@ -24,11 +26,15 @@ class Switches:
         loss: "own" or "liger" kernels for the loss, "auto" for liger-kernel's where it is installed and fits, or "off".
         compile: whether blocks are compiled, where there is a compiler for the device.
         backend: of torch.compile.
+        resident: with offload="weights", how many blocks' weights stay on the device; None: as many as there is room for.
+        offload_on_cpu: whether a CPU may offload, to itself: copies without streams, which show nothing but the logic.
     """
 
     loss: Literal["auto", "own", "liger", "off"] = "auto"
     compile: bool = True
     backend: str | Callable[..., Any] = "inductor"
+    resident: int | None = None
+    offload_on_cpu: bool = False
 
 
 switches = Switches()
@@ -39,7 +45,7 @@ def optimize_training(
     *,
     memory: str | int | float = "auto",
     compute: str = "bf16",
-    offload: str | None = None,
+    offload: str | Collection[str] | None = None,
 ) -> nn.Module:
     """Switch the training step of a causal language model of transformers to its fast form; weights stay as they are.
 
@@ -55,15 +61,18 @@ def optimize_training(
             gradient checkpointing is on, else all. "least": none. "most": all. An integer, or a float from 0.0 to 1.0
             as a share: that many of the last ones, the others are recomputed.
         compute: "bf16" leaves the dtypes of the model and of autocast.
-        offload: None keeps on the device what a recomputed block starts from.
+        offload: what is in host memory while nothing computes with it, copied beside the computation. "activations": what
+            recomputed blocks start from, between forward and backward pass. "weights": the packed weights of as many
+            blocks as do not fit, a block ahead of where they are dequantized, also in evaluation; all else goes to the
+            device, which is CUDA's for a model that was quantized on the CPU. "all", or a tuple: both. None: nothing.
 
     Returns:
         The same model.
 
     Raises:
         BadOption: an option of another value.
-        UnsupportedOperation: compute="fp8", offload="activations".
-        UnsupportedDevice: offload="activations" on another device than CUDA.
+        UnsupportedOperation: compute="fp8"; offload="weights" of weights that cannot be streamed.
+        UnsupportedDevice: offload without CUDA.
     """
     owners = _blocks.find_blocks(model)
     total = sum(len(members) for _, members in owners)
@@ -75,16 +84,12 @@ def optimize_training(
         )
     if compute != "bf16":
         raise BadOption(f"compute={compute!r}; it is 'bf16'")
-    device = _device(model)
-    if offload not in (None, "activations"):
-        raise BadOption(f"offload={offload!r}; it is None or 'activations'")
-    if offload and device.type != "cuda":
-        raise UnsupportedDevice(
-            f"offload='activations' keeps activations in host memory, and the model is on {device.type}: it is for CUDA"
-        )
-    if offload:
-        raise UnsupportedOperation("offload='activations' is not available in this version; use memory='least'")
-    unoptimize(model)
+    offloads, device = _offloads(offload, model)
+    members = [block for _, some in owners for block in some]
+    if "weights" in offloads:
+        check(model, members)
+    _remove(model, back="weights" not in offloads)
+    weights = WeightStream.over(model, members, device, switches.resident) if "weights" in offloads else None
     wait_once(model)
     inner, loss = _language_model(model), None
     if switches.loss != "off":
@@ -102,6 +107,8 @@ def optimize_training(
         backend=switches.backend,
         keeps=keeps,
         loss=loss,
+        checkpoints=Checkpoints() if "activations" in offloads else None,
+        weights=weights,
     )
     index = 0
     for owner, members in owners:
@@ -113,14 +120,31 @@ def optimize_training(
 
 
 def unoptimize(model: nn.Module) -> nn.Module:
-    """Undo `optimize_training`: the model computes what it computed before, to the bit. Without it, nothing happens."""
+    """Undo `optimize_training`: the model computes what it computed before, to the bit. Without it, nothing happens.
+
+    Weights that were offloaded go to the device; where that has no room for them they stay on the host, and a warning
+    says so.
+    """
+    return _remove(model, back=True)
+
+
+def _remove(model: nn.Module, back: bool) -> nn.Module:
+    """`unoptimize`, with offloaded weights going `back` to the device or not."""
     wait_as_before(model)
+    plans: dict[int, _blocks.Plan] = {}
     for module in model.modules():
         patch = module.__dict__.get("forward")
-        if isinstance(patch, _blocks.BlockForward) and patch.plan.loss is not None:
-            patch.plan.loss.take_off()  # a trainer may have put its own forward on top of it
+        if isinstance(patch, _blocks.BlockForward):
+            plans[id(patch.plan)] = patch.plan
+            if patch.plan.loss is not None:
+                patch.plan.loss.take_off()  # a trainer may have put its own forward on top of it
         if isinstance(patch, Patch):
             patch.take_off()
+    for plan in plans.values():
+        if plan.checkpoints is not None:
+            plan.checkpoints.free()
+        if plan.weights is not None:
+            plan.weights.take_off(back)
     return model
 
 
@@ -142,6 +166,30 @@ def _kept(memory: Any, total: int) -> frozenset[int] | None:
             "from 0.0 to 1.0)"
         )
     return frozenset(range(total - count, total))
+
+
+_OFFLOADS = ("activations", "weights")
+
+
+def _offloads(offload: Any, model: nn.Module) -> tuple[frozenset[str], torch.device]:
+    """What is offloaded, and the device that computes."""
+    device = _device(model)
+    names = [offload] if isinstance(offload, str) else offload
+    if names == ["all"]:
+        names = _OFFLOADS
+    if names is None:
+        return frozenset(), device
+    if not isinstance(names, Collection) or not names or not all(n in _OFFLOADS for n in names):
+        raise BadOption(f"offload={offload!r}; it is None, 'activations', 'weights', 'all', or a tuple of such names")
+    found = frozenset(names)
+    if device.type == "cpu" and "weights" in found and torch.cuda.is_available() and not switches.offload_on_cpu:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type != "cuda" and not (device.type == "cpu" and switches.offload_on_cpu):
+        raise UnsupportedDevice(
+            f"offload={offload!r} keeps {' and '.join(sorted(found))} in host memory, and the model is on {device.type}: it "
+            "is for CUDA"
+        )
+    return found, device
 
 
 def _language_model(model: nn.Module) -> nn.Module:
