@@ -38,11 +38,10 @@ class Checkpoints:
             return
         kept = _Input(self, x, self._leave())
         self._last = weakref.ref(kept)
-        place = (x.data_ptr(), x.shape, x.stride(), x.dtype)
+        place = _place(x)
 
-        def pack(t: Tensor) -> Any:
-            same = type(t) in (Tensor, torch.nn.Parameter) and t.device == x.device
-            return kept if same and (t.data_ptr(), t.shape, t.stride(), t.dtype) == place else t
+        def pack(t: Tensor) -> Any:  # lives as long as what it packed: it must not hold the input
+            return kept if lanes.dense(t) and _place(t) == place else t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             yield
@@ -141,6 +140,10 @@ class _Input:
             if self._device is not None:  # fetched and not used: the copy comes before whatever gets its memory
                 self._lane.wait(self._mark)
             self._owner.give_back(self._buffer)
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.device, t.data_ptr(), t.shape, t.stride(), t.dtype
 
 
 def _unpack(kept: Any) -> Tensor:

@@ -174,14 +174,9 @@ _OFFLOADS = ("activations", "weights")
 def _offloads(offload: Any, model: nn.Module) -> tuple[frozenset[str], torch.device]:
     """What is offloaded, and the device that computes."""
     device = _device(model)
-    names = [offload] if isinstance(offload, str) else offload
-    if names == ["all"]:
-        names = _OFFLOADS
-    if names is None:
-        return frozenset(), device
-    if not isinstance(names, Collection) or not names or not all(n in _OFFLOADS for n in names):
-        raise BadOption(f"offload={offload!r}; it is None, 'activations', 'weights', 'all', or a tuple of such names")
-    found = frozenset(names)
+    found = offload_names(offload)
+    if not found:
+        return found, device
     if device.type == "cpu" and "weights" in found and torch.cuda.is_available() and not switches.offload_on_cpu:
         device = torch.device("cuda", torch.cuda.current_device())
     if device.type != "cuda" and not (device.type == "cpu" and switches.offload_on_cpu):
@@ -190,6 +185,22 @@ def _offloads(offload: Any, model: nn.Module) -> tuple[frozenset[str], torch.dev
             "is for CUDA"
         )
     return found, device
+
+
+def offload_names(offload: Any) -> frozenset[str]:
+    """Of "activations" and "weights", what `offload` asks for.
+
+    Raises:
+        BadOption: another value.
+    """
+    if offload is None:
+        return frozenset()
+    names = [offload] if isinstance(offload, str) else offload
+    if names == ["all"]:
+        names = _OFFLOADS
+    if not isinstance(names, Collection) or not names or not all(n in _OFFLOADS for n in names):
+        raise BadOption(f"offload={offload!r}; it is None, 'activations', 'weights', 'all', or a tuple of such names")
+    return frozenset(names)
 
 
 def _language_model(model: nn.Module) -> nn.Module:

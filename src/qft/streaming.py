@@ -371,8 +371,8 @@ def bytes_elsewhere(model: nn.Module, device: torch.device) -> int:
 
 def to_device(model: nn.Module, device: torch.device, streamed: set[int]) -> None:
     """Everything but the streamed tensors, by id; parameters stay the objects that an optimizer knows."""
-    moved: dict[Any, Tensor] = {}
     for module in model.modules():
+        moved: dict[Any, Tensor] = {}
         quantizer: Any = quantizer_of(module)
         more = [t for w in quantizer.weights(module) for t in quantizer.tensors(w)] if quantizer is not None else []
         own = [t for store in (module._parameters, module._buffers) for t in store.values() if t is not None]
