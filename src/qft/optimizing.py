@@ -87,7 +87,7 @@ def optimize_training(
     offloads, device = _offloads(offload, model)
     members = [block for _, some in owners for block in some]
     if "weights" in offloads:
-        check(model, members)
+        check(members)
     _remove(model, back="weights" not in offloads)
     weights = WeightStream.over(model, members, device, switches.resident) if "weights" in offloads else None
     wait_once(model)

@@ -55,6 +55,7 @@ class _Block:
         mark: of the copy that filled that buffer; `loaded` says whether it still holds this block.
     """
 
+    module: nn.Module
     places: list[_Place]
     buffer: Tensor | None = None
     host: dict[_Place, list[int]] = field(default_factory=dict)
@@ -74,12 +75,24 @@ class Streamed:
             return getattr(type(self.place.owner), self.place.method)(self.place.owner, *args, **kwargs)
 
 
+class Steady:
+    """Stands in for `_apply` of a block: `model.to(device)`, which trainers call, leaves streamed tensors on the host."""
+
+    def __init__(self, stream: WeightStream, index: int, module: nn.Module):
+        self.stream, self.index, self.module = stream, index, module
+
+    def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
+        there = {p for addresses in self.stream.blocks[self.index].host.values() for p in addresses}
+        keep = lambda t: t if t.data_ptr() in there else fn(t)  # noqa: E731
+        return type(self.module)._apply(self.module, keep, recurse)
+
+
 class WeightStream:
     """The streamed blocks of one model."""
 
-    def __init__(self, blocks: Sequence[Sequence[_Place]], device: torch.device):
+    def __init__(self, blocks: Sequence[tuple[nn.Module, list[_Place]]], device: torch.device):
         self.device = device
-        self.blocks = [_Block(list(places)) for places in blocks]
+        self.blocks = [_Block(module, found) for module, found in blocks]
         self._forget()
 
     def _forget(self) -> None:
@@ -89,7 +102,7 @@ class WeightStream:
         self._step = 1
 
     def __getstate__(self) -> dict[str, Any]:  # a copy of the model pins its own weights when it runs
-        return {"device": self.device, "blocks": [_Block(b.places) for b in self.blocks]}
+        return {"device": self.device, "blocks": [_Block(b.module, b.places) for b in self.blocks]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -114,15 +127,15 @@ class WeightStream:
         Raises:
             UnsupportedOperation: weights that cannot be streamed.
         """
-        found = check(model, blocks)
-        sizes = [nbytes_of(f) for f in found]
+        found = check(blocks)
+        sizes = [nbytes_of(f) for _, f in found]
         if resident is None:
             resident = stays(model, sizes, device)
         chosen = spread(len(found), max(0, len(found) - resident))
         stream = cls([found[i] for i in chosen], device)
         try:
             stream.put_on()
-            to_device(model, device, {id(t) for i in chosen for place in found[i] for t in place.tensors()})
+            to_device(model, device, {id(t) for i in chosen for place in found[i][1] for t in place.tensors()})
         except BaseException:
             stream.take_off(back=True)
             raise
@@ -135,6 +148,7 @@ class WeightStream:
         for block in self.blocks:
             self._adopt(block)
         for index, block in enumerate(self.blocks):
+            block.module.__dict__["_apply"] = Steady(self, index, block.module)
             for place in block.places:
                 place.owner.__dict__[place.method] = Streamed(self, index, place)
 
@@ -142,6 +156,7 @@ class WeightStream:
         """Give up the buffers; with `back`, the weights go to the device, where it has room for them."""
         self._settle()
         for block in self.blocks:
+            block.module.__dict__.pop("_apply", None)
             for place in block.places:
                 place.owner.__dict__.pop(place.method, None)
         needs, room = self.nbytes, free_bytes(self.device)
@@ -187,6 +202,7 @@ class WeightStream:
             for ahead in range(1, BUFFERS):
                 if 0 <= index + ahead * self._step < len(self.blocks):
                     self._load(index + ahead * self._step)
+            self._load(index)  # a wider block ahead made the buffers anew
         assert self._lane is not None
         self._lane.wait(block.mark)
         before = [t.data for t in tensors]
@@ -234,7 +250,9 @@ class WeightStream:
 
     def _adopt(self, block: _Block) -> None:
         """Lay the block's tensors, wherever they are, into a new buffer on the host, and let the modules hold those."""
-        self._settle()
+        if self._lane is not None:
+            self._lane.settle()
+        block.loaded, block.device = False, {}
         starts: dict[Any, int] = {}
         nbytes = 0
         for t in (t for place in block.places for t in place.tensors()):
@@ -307,13 +325,13 @@ def places(block: nn.Module) -> list[_Place]:
     return found
 
 
-def check(model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[_Place]]:
-    """The places of each block that has any.
+def check(blocks: Sequence[nn.Module]) -> list[tuple[nn.Module, list[_Place]]]:
+    """The blocks that have places, with them.
 
     Raises:
         UnsupportedOperation: weights that cannot be streamed, or none.
     """
-    found = [f for f in (places(b) for b in blocks) if f]
+    found = [(b, f) for b, f in ((b, places(b)) for b in blocks) if f]
     if not found:
         raise UnsupportedOperation(
             "offload='weights' streams the quantized weights of repeated blocks, and this model has none that qft can find: "
