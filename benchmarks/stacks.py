@@ -56,6 +56,7 @@ BY_HAND = {
 QFT: dict[str, dict[str, Any] | None] = {
     "qft": {},
     "qft-fp8": {"compute": "fp8"},
+    "qft-offload": {"offload": "activations"},
     "qft-plain": None,
 }
 """Name → what `qft.optimize_training` is told; None: it is not called."""

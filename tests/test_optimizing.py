@@ -638,7 +638,7 @@ def test_other_options_are_refused_and_the_first_call_stands():
     with refuses(qft.BadOption, "compute="):
         qft.optimize_training(model, compute="int4")
     with refuses(qft.BadOption, "offload="):
-        qft.optimize_training(model, offload="weights")
+        qft.optimize_training(model, offload="disk")
     with refuses(qft.UnsupportedDevice, "cpu"):
         qft.optimize_training(model, offload="activations")
     assert model.get_base_model().model.layers[0].forward.plan.keeps == frozenset()

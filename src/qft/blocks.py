@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qft.errors import QftWarning
 from qft.headless import Patch
+from qft.offloading import Checkpoints
+from qft.streaming import WeightStream
 
 _NOT_FOR_BLOCKS = frozenset({"num_items_in_batch", "labels", "shift_labels"})
 """What a model hands through to its blocks and they do not read: numbers that would be compiled in."""
@@ -71,6 +73,8 @@ class Plan:
         loss: what was put on the model itself, if anything.
         kinds: blocks that share compiled code, by what makes them alike.
         flags: by id of a block, whether the model's own flag wants it recomputed, while its owner's forward runs.
+        checkpoints: where the inputs of recomputed blocks are between the passes; None: on the device.
+        weights: what streams packed weights from the host; None: they are on the device.
     """
 
     compiles: bool = True
@@ -80,6 +84,8 @@ class Plan:
     loss: Patch | None = None
     kinds: dict[Any, Kind] = field(default_factory=dict)
     flags: dict[int, bool] = field(default_factory=dict)
+    checkpoints: Checkpoints | None = None
+    weights: WeightStream | None = None
 
 
 class BlocksForward(Patch):
@@ -91,6 +97,8 @@ class BlocksForward(Patch):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.module
+        if self.active and self.plan.weights is not None and not torch.compiler.is_compiling():
+            self.plan.weights.begin()
         if not (self.active and owner.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
         if self.plan.chooser is not None:
@@ -142,6 +150,9 @@ class BlockForward(Patch):
         kind = self.plan.kinds.get(key)
         if kind is None:
             kind = self.plan.kinds[key] = Kind(type(block).__name__, recompute, self.plan)
+        if recompute and self.plan.checkpoints is not None:
+            with self.plan.checkpoints.around(args[0] if args else kwargs.get("hidden_states")):
+                return kind(self.inner, block, args, kwargs)
         return kind(self.inner, block, args, kwargs)
 
     @property

@@ -30,6 +30,7 @@ PARTS = {
     "activations": "activations kept for the backward pass",
     "logits": "logits and loss, or what replaces them",
     "dequantize": "a weight as floats",
+    "ring": "buffers for weights that are streamed",
     "temporary": "temporary",
     "workspace": "cuBLAS",
 }
@@ -42,10 +43,12 @@ class Plan:
 
     Attributes:
         moments: "loading", "loss" (forward pass and loss), "backward" and "optimizer" → bytes by part, see `PARTS`.
-        host: bytes of paged optimizer states, in host memory.
+        host: bytes in host memory: paged optimizer states, and what is offloaded.
         quantizer, batch_size, sequence_length, optimizer, fast, autocast, cards: what was asked for.
         kept, blocks: how many of the model's blocks keep their activations; the others are recomputed.
         answer: what was chosen and why, of a plan for a given memory.
+        offload: what is offloaded.
+        resident: blocks whose packed weights stay on the device, with offload="weights"; else all.
     """
 
     moments: dict[str, dict[str, int]]
@@ -62,6 +65,8 @@ class Plan:
     model: str
     dtype: str
     answer: str | None = None
+    offload: tuple[str, ...] = ()
+    resident: int | None = None
 
     @property
     def totals(self) -> dict[str, int]:
@@ -134,8 +139,15 @@ class Plan:
         lines.append(f"{'sum':<44}" + "".join(f"{v / GIB:>11.3f}" for v in self.totals.values()))
         lines.append(f"peak {self.peak / GIB:.2f} GiB ({self.moment}); a card must have {self.needed / GIB:.2f} GiB")
         if self.host:
-            lines.append(f"in host memory {self.host / GIB:.2f} GiB of optimizer states")
+            lines.append(f"in host memory {self.host / GIB:.2f} GiB{self._on_host()}")
         return "\n".join([*lines, *([self.answer] if self.answer else [])])
+
+    def _on_host(self) -> str:
+        what = ["optimizer states"] if self.optimizer.startswith("paged") else []
+        what += ["inputs of recomputed blocks"] if "activations" in self.offload else []
+        if "weights" in self.offload and self.resident is not None:
+            what.append(f"weights of {self.blocks - self.resident} of {self.blocks} blocks")
+        return f": {', '.join(what)}" if what else ""
 
 
 def needed(peak: int) -> int:
@@ -176,6 +188,8 @@ def plan(
     dtype: Any = None,
     device: Any = None,
     skip: Any = None,
+    offload: Any = None,
+    resident: int | None = None,
 ) -> Plan:
     """Count the bytes of a training run of LoRA over a quantized decoder, without its weights: nothing is downloaded.
 
@@ -200,6 +214,9 @@ def plan(
         dtype: of the model; default its config's, else bfloat16.
         device: "cuda" (the default) or another accelerator; "cpu" leaves cuBLAS's workspace out.
         skip: as `quantize` takes it, a list.
+        offload: as `optimize_training` takes it.
+        resident: with offload="weights", blocks whose weights stay on the device; default none of them, or with a given
+            memory as many as fit.
 
     Raises:
         BadOption: an option of another value. BadFolder: no config there.
@@ -209,6 +226,7 @@ def plan(
     """
     from qft.memory_choice import choose
     from qft.memory_moments import Estimate
+    from qft.optimizing import offload_names
     from qft.quantizer import as_float_dtype
 
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length), ("cards", cards)):
@@ -234,7 +252,13 @@ def plan(
         cards=cards,
         on_gpu=kind == "cuda",
         in_place=loading == "memory",
+        offload=offload_names(offload),
+        resident=resident,
     )
+    if estimate.offload and (not fast or cards > 1):
+        raise BadOption("offload is optimize_training's: for plans with fast=True, of one card")
+    if resident is not None and (type(resident) is not int or resident < 0 or "weights" not in estimate.offload):
+        raise BadOption(f"resident={resident!r}; it is a number of blocks, beside offload='weights'")
     positions = getattr(estimate.outline.model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and sequence_length > positions:
         warnings.warn(

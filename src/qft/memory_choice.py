@@ -21,11 +21,13 @@ def choose(estimate: Estimate, batch: int, sequence: int, limit: int, text: str)
     too; then the batch is halved, and then the sequence, until something fits. A plan that does not fit even so says what
     would.
     """
+    if "weights" in estimate.offload and estimate.resident is None:
+        return _streamed(estimate, batch, sequence, limit, text)
     found, why = _widest(estimate, batch, sequence, limit), ""
     if found is None:
         least = estimate.plan(batch, sequence, "least")
         need = f"need {least.needed / GIB:.2f} GiB with {least.quantizer}"
-        why = f"{batch} × {sequence} tokens with all blocks recomputed {need}; "
+        why = f"{batch} × {sequence} tokens with all blocks recomputed {need}; {_offloaded(estimate, batch, sequence, limit)}"
         twin = TWINS.get(estimate.quantizer) if isinstance(estimate.quantizer, str) else None
         if twin is not None:
             estimate = replace(estimate, quantizer=twin)
@@ -64,6 +66,37 @@ def _widest(estimate: Estimate, batch: int, sequence: int, limit: int) -> Plan |
         else:
             many = middle - 1
     return estimate.plan(batch, sequence, few)
+
+
+def _offloaded(estimate: Estimate, batch: int, sequence: int, limit: int) -> str:
+    """What `offload` would make fit of what was asked for."""
+    if estimate.offload or not estimate.fast or estimate.cards > 1:
+        return ""
+    for names in ("activations", "weights", "all"):
+        parts = frozenset(("activations", "weights") if names == "all" else (names,))
+        found = estimate.offloading(parts).plan(batch, sequence, "least")
+        if found.needed <= limit:
+            slower = ", slowly" if "weights" in parts else ""
+            return f"with offload={names!r} they would fit{slower}, and {found.host / GIB:.2f} GiB be in host memory; "
+    return ""
+
+
+def _streamed(estimate: Estimate, batch: int, sequence: int, limit: int, text: str) -> Plan:
+    """With all blocks recomputed, as many blocks' weights on the device as `limit` allows."""
+    least = estimate.plan(batch, sequence, "least")
+    if least.needed > limit:
+        answer = f"{text} is too little even without weights of blocks: that needs {least.needed / GIB:.2f} GiB"
+        return replace(least, answer=answer)
+    few, many = 0, least.blocks
+    while few < many:
+        middle = (few + many + 1) // 2
+        if estimate.offloading(estimate.offload, middle).plan(batch, sequence, "least").needed <= limit:
+            few = middle
+        else:
+            many = middle - 1
+    found = estimate.offloading(estimate.offload, few).plan(batch, sequence, "least")
+    answer = f"{text} holds it with the weights of {few} of {least.blocks} blocks on the device: {_said(found)}"
+    return replace(found, answer=answer)
 
 
 def _said(plan: Plan) -> str:

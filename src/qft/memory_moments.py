@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
+from qft.blocks import find_blocks
 from qft.errors import BadOption, UnsupportedOperation
 from qft.memory import Plan
 from qft.memory_activations import rounded
 from qft.memory_fakes import Measured, measure, stand_in
 from qft.memory_model import Outline, Weights, outline
 from qft.optimizing import _kept
+from qft.streaming import BUFFERS
 
 WORKSPACE = 64 * 2**20
 """cuBLAS's, 32 MiB each for the threads of the forward and the backward pass: measured on an H100 (8 MiB before Hopper)."""
@@ -73,6 +76,8 @@ class Estimate:
     on_gpu: bool = True
     in_place: bool = False
     compiled: bool | None = None
+    offload: frozenset[str] = frozenset()
+    resident: int | None = None
 
     def __post_init__(self) -> None:
         name = _ALIASES.get(self.optimizer, self.optimizer)
@@ -123,7 +128,35 @@ class Estimate:
             model=type(model).__name__,
             dtype=str(self.outline.dtype).removeprefix("torch."),
             answer=answer,
+            offload=tuple(sorted(self.offload)),
+            resident=len(found.blocks) - self.streamed if "weights" in self.offload else None,
         )
+
+    def offloading(self, offload: frozenset[str], resident: int | None = None) -> Estimate:
+        """The same with other offloading; what was measured stays."""
+        other = replace(self, offload=offload, resident=resident)
+        other._measured, other.__dict__["outline"] = self._measured, self.outline
+        return other
+
+    @property
+    def streamed(self) -> int:
+        """Blocks whose packed weights are on the host."""
+        if "weights" not in self.offload:
+            return 0
+        return max(0, len(self.block_weights) - (self.resident or 0))
+
+    @cached_property
+    def block_weights(self) -> list[int]:
+        """Bytes of packed weights of each block."""
+        (owner, blocks), *_ = find_blocks(self.outline.model)
+        where = next(n for n, m in self.outline.model.named_modules() if m is owner)
+        inner = next(n for n, m in owner.named_children() if isinstance(m, nn.ModuleList) and m[0] is blocks[0])
+        sizes = [0] * len(blocks)
+        for name, nbytes in self.outline.weights.quantized:
+            rest = name.removeprefix(f"{where}.{inner}." if where else f"{inner}.")
+            if rest != name and rest.partition(".")[0].isdecimal():
+                sizes[int(rest.partition(".")[0])] += nbytes
+        return sizes
 
     def moments(self, found: Measured, keeps: frozenset[int]) -> tuple[dict[str, dict[str, int]], int]:
         """Moment → bytes by part, when these blocks keep their activations, and bytes in host memory."""
@@ -136,9 +169,23 @@ class Estimate:
             "optimizer": self._share(states),
             "workspace": WORKSPACE if self.on_gpu else 0,
         }
+        if self.streamed:
+            sizes = sorted(self.block_weights)[-self.streamed :]
+            gone, packed = sum(sizes), weights.codes + weights.constants
+            for part in ("codes", "constants"):
+                frozen[part] -= int(gone * getattr(weights, part) / packed)
+            still |= frozen | {"ring": min(BUFFERS, self.streamed) * max(sizes)}
+            host += gone
         # of a sharded model two blocks are whole at a time, and the embeddings and the head
         gathered = self._gathered(weights, len(blocks))
         held = [b.saved if i in keeps else b.boundary for i, b in enumerate(blocks)]
+        away = [0] * len(blocks)
+        if "activations" in self.offload:
+            away = [0 if i in keeps else b.boundary for i, b in enumerate(blocks)]
+        # the last input that leaves is still there, and in the backward pass the next one comes beside it
+        near = max(away, default=0)
+        held = [h - a for h, a in zip(held, away, strict=True)]
+        host += sum(away)
         worst: dict[str, int] = {}
         behind, before = sum(b.gradients for b in blocks), 0
         for i, b in enumerate(blocks):
@@ -148,7 +195,7 @@ class Estimate:
             parts = {
                 **still,
                 "gradients": self._share(behind),
-                "activations": found.shared + before + held[i],
+                "activations": found.shared + before + held[i] + (min(i + 1, 2) * near if away[i] else 0),
                 "dequantize": floats,
                 "temporary": adds - floats + gathered,
             }
@@ -157,13 +204,15 @@ class Estimate:
             before += held[i]
         moments = {
             "loading": self._loading(weights, frozen),
-            "loss": {**still, "activations": sum(held), "logits": found.head, "temporary": gathered},
+            "loss": {**still, "activations": sum(held) + near, "logits": found.head, "temporary": gathered},
             "backward": worst,
             "optimizer": {**still, "gradients": self._share(weights.adapters), "temporary": self._share(needs)},
         }
         return moments, self._share(host)
 
     def _loading(self, weights: Weights, frozen: dict[str, int]) -> dict[str, int]:
+        if self.streamed:  # it is quantized on the host
+            return dict(frozen)
         if self.in_place:  # no layer is quantized yet, and the first one's codes come beside its floats
             first = next((n for _, n in weights.quantized), 0)
             return {"other": weights.floats, "codes": first}

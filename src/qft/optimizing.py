@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +16,10 @@ from qft.errors import BadOption, QftWarning, UnsupportedDevice, UnsupportedOper
 from qft.headless import HeadlessForward, Patch, why_not
 from qft.lora.operator import Sourced
 from qft.memory import memory_limit
+from qft.offloading import Checkpoints
 from qft.optimizers import wait_as_before, wait_when_read
 from qft.registry import quantizer_of
+from qft.streaming import WeightStream, check
 
 
 @dataclass
@@ -28,11 +30,15 @@ class Switches:
         loss: "own" or "liger" kernels for the loss, "auto" for liger-kernel's where it is installed and fits, or "off".
         compile: whether blocks are compiled, where there is a compiler for the device.
         backend: of torch.compile.
+        resident: with offload="weights", how many blocks' weights stay on the device; None: as many as there is room for.
+        offload_on_cpu: whether a CPU may offload, to itself: copies without streams, which show nothing but the logic.
     """
 
     loss: Literal["auto", "own", "liger", "off"] = "auto"
     compile: bool = True
     backend: str | Callable[..., Any] = "inductor"
+    resident: int | None = None
+    offload_on_cpu: bool = False
 
 
 switches = Switches()
@@ -43,7 +49,7 @@ def optimize_training(
     *,
     memory: str | int | float = "auto",
     compute: str = "bf16",
-    offload: str | None = None,
+    offload: str | Collection[str] | None = None,
 ) -> nn.Module:
     """Switch the training step of a causal language model of transformers to its fast form; weights stay as they are.
 
@@ -73,16 +79,19 @@ def optimize_training(
             trains, with gradients, its base weight's two products are of float8 (e4m3, a scale a row; `qft.lora.float8`),
             3 to 4 % off in the Frobenius norm, on CUDA devices of compute capability 8.9 and newer; a warning counts the
             layers that stay as they are. The adapters' products, evaluation, merging and saving are not touched.
-        offload: None keeps on the device what a recomputed block starts from.
+        offload: what is in host memory while nothing computes with it, copied beside the computation. "activations": what
+            recomputed blocks start from, between forward and backward pass. "weights": the packed weights of as many
+            blocks as do not fit, a block ahead of where they are dequantized, also in evaluation; all else goes to the
+            device, which is CUDA's for a model that was quantized on the CPU. "all", or a tuple: both. None: nothing.
 
     Returns:
         The same model.
 
     Raises:
         BadOption: an option of another value.
-        UnsupportedOperation: compute="fp8" on a model without a layer that can, offload="activations".
-        UnsupportedDevice: compute="fp8" where no layer is on a device that can, offload="activations" on another device
-            than CUDA.
+        UnsupportedOperation: compute="fp8" on a model without a layer that can; offload="weights" of weights that cannot be
+            streamed.
+        UnsupportedDevice: compute="fp8" where no layer is on a device that can; offload without CUDA.
 
         And from a training forward, BadOption or UnsupportedDevice: the batch does not fit; the message says what does.
     """
@@ -90,21 +99,17 @@ def optimize_training(
     total = sum(len(members) for _, members in owners)
     chooses = _chooses(memory)
     keeps = None if chooses else _kept(memory, total)
+    offloads, device = _offloads(offload, model)
+    members = [block for _, some in owners for block in some]
+    if "weights" in offloads:
+        check(members)
     in_float8, notes = _computes(model, compute)
-    device = _device(model)
-    if offload not in (None, "activations"):
-        raise BadOption(f"offload={offload!r}; it is None or 'activations'")
-    if offload and device.type != "cuda":
-        raise UnsupportedDevice(
-            f"offload='activations' keeps activations in host memory, and the model is on {device.type}: it is for CUDA"
-        )
-    if offload:
-        raise UnsupportedOperation("offload='activations' is not available in this version; use memory='least'")
-    unoptimize(model)
+    _remove(model, back="weights" not in offloads)
     for note in notes:
         _warn(note)
     for layer in in_float8:
         layer.float8 = True
+    weights = WeightStream.over(model, members, device, switches.resident) if "weights" in offloads else None
     wait_when_read(model)
     inner, loss = _language_model(model), None
     if switches.loss != "off":
@@ -122,6 +127,8 @@ def optimize_training(
         backend=switches.backend,
         keeps=keeps,
         loss=loss,
+        checkpoints=Checkpoints() if "activations" in offloads else None,
+        weights=weights,
     )
     if chooses:
         plan.chooser = Chooser(memory, inner, plan)
@@ -135,15 +142,32 @@ def optimize_training(
 
 
 def unoptimize(model: nn.Module) -> nn.Module:
-    """Undo `optimize_training`: the model computes what it computed before, to the bit. Without it, nothing happens."""
+    """Undo `optimize_training`: the model computes what it computed before, to the bit. Without it, nothing happens.
+
+    Weights that were offloaded go to the device; where that has no room for them they stay on the host, and a warning
+    says so.
+    """
+    return _remove(model, back=True)
+
+
+def _remove(model: nn.Module, back: bool) -> nn.Module:
+    """`unoptimize`, with offloaded weights going `back` to the device or not."""
     wait_as_before(model)
+    plans: dict[int, _blocks.Plan] = {}
     for module in model.modules():
         patch = module.__dict__.get("forward")
-        if isinstance(patch, _blocks.BlockForward) and patch.plan.loss is not None:
-            patch.plan.loss.take_off()  # a trainer may have put its own forward on top of it
+        if isinstance(patch, _blocks.BlockForward):
+            plans[id(patch.plan)] = patch.plan
+            if patch.plan.loss is not None:
+                patch.plan.loss.take_off()  # a trainer may have put its own forward on top of it
         if isinstance(patch, Patch):
             patch.take_off()
         module.__dict__.pop("float8", None)
+    for plan in plans.values():
+        if plan.checkpoints is not None:
+            plan.checkpoints.free()
+        if plan.weights is not None:
+            plan.weights.take_off(back)
     return model
 
 
@@ -250,6 +274,41 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
 
 _VENDORS = "they compute by their format's own code"
 _EXPERTS = "fused experts have no product of float8 here"
+
+
+_OFFLOADS = ("activations", "weights")
+
+
+def _offloads(offload: Any, model: nn.Module) -> tuple[frozenset[str], torch.device]:
+    """What is offloaded, and the device that computes."""
+    device = _device(model)
+    found = offload_names(offload)
+    if not found:
+        return found, device
+    if device.type == "cpu" and "weights" in found and torch.cuda.is_available() and not switches.offload_on_cpu:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type != "cuda" and not (device.type == "cpu" and switches.offload_on_cpu):
+        raise UnsupportedDevice(
+            f"offload={offload!r} keeps {' and '.join(sorted(found))} in host memory, and the model is on {device.type}: it "
+            "is for CUDA"
+        )
+    return found, device
+
+
+def offload_names(offload: Any) -> frozenset[str]:
+    """Of "activations" and "weights", what `offload` asks for.
+
+    Raises:
+        BadOption: another value.
+    """
+    if offload is None:
+        return frozenset()
+    names = [offload] if isinstance(offload, str) else offload
+    if names == ["all"]:
+        names = _OFFLOADS
+    if not isinstance(names, Collection) or not names or not all(n in _OFFLOADS for n in names):
+        raise BadOption(f"offload={offload!r}; it is None, 'activations', 'weights', 'all', or a tuple of such names")
+    return frozenset(names)
 
 
 def _language_model(model: nn.Module) -> nn.Module:

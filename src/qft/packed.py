@@ -226,6 +226,9 @@ class TensorQuantizer(Quantizer):
             packed = module.repacked(value.to(module.dtype))  # a format whose constants have the weight's dtype
         self.restore(weight, packed)
 
+    def tensors(self, weight: QuantizedWeight) -> list[Tensor]:
+        return list(weight.module.packed.values())
+
     def snapshot(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         return {n: t.detach().to("cpu", copy=True) for n, t in weight.module.packed.items()}
 

@@ -196,6 +196,10 @@ class Quantizer(ABC):
         """Store floats of shape `weight.shape` in the quantized weight, with the options of the layer itself."""
         raise UnsupportedOperation(f"{self.name} cannot store float values back (capability requantize)")
 
+    def tensors(self, weight: QuantizedWeight) -> list[Tensor]:
+        """What `dequantize` reads, as plain tensors whose `.data` may be pointed elsewhere; empty where that cannot be."""
+        return []
+
     def snapshot(self, weight: QuantizedWeight) -> Any:
         """What `restore` needs for a bit-exact undo of `requantize`, in host memory."""
         raise UnsupportedOperation(f"{self.name} cannot take snapshots (capability requantize)")

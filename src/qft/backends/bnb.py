@@ -256,6 +256,15 @@ class BitsAndBytes4bit(_BitsAndBytes):
         state.dtype = old.dtype
         self._set(weight.module, data, state)
 
+    def tensors(self, weight: QuantizedWeight) -> list[Tensor]:
+        state = _state(weight.module)
+        for one in (state, state.state2) if state.nested else (state,):
+            if not hasattr(one.code, "qft_own"):  # bitsandbytes hands one map out to all layers
+                one.code = one.code.clone()
+                one.code.qft_own = True
+        found = [weight.module.weight, state.absmax, state.code]
+        return [*found, state.offset, state.state2.absmax, state.state2.code] if state.nested else found
+
     def snapshot(self, weight: QuantizedWeight) -> Any:
         state = copy.deepcopy(_state(weight.module))
         state.to("cpu")
@@ -380,6 +389,13 @@ class BitsAndBytes8bit(_BitsAndBytes):
 
     def requantize(self, weight: QuantizedWeight, value: Tensor) -> None:
         self.restore(weight, self._quantize(value.to(weight.module.weight.device)))
+
+    def tensors(self, weight: QuantizedWeight) -> list[Tensor]:
+        module = weight.module
+        _int8(module)  # a holder of what was left behind on another device is brought up to date
+        holders = (module.weight, module.state)
+        found = [getattr(h, name, None) for h in holders for name in ("CB", "SCB")]
+        return [module.weight, *(t for t in found if t is not None)]
 
     def snapshot(self, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
         return tuple(t.to("cpu", copy=True) for t in _int8(weight.module))
