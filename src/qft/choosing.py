@@ -157,6 +157,7 @@ class Chooser:
                 self._estimate = Estimate(
                     self.model, "", fast=self.plan.loss is not None, compiled=self.plan.compiles,
                     on_gpu=devices.pop().type == "cuda",
+                    offload=frozenset({"activations"} if self.plan.checkpoints is not None else ()),
                 )  # fmt: skip
                 self._estimate.__dict__["outline"] = standing(self.model)
             self._estimate.autocast = size.autocast
