@@ -20,6 +20,8 @@ LABELS = {
     "unsloth": "Unsloth, offloaded checkpoints",
     "unsloth-plain": "Unsloth, plain checkpoints",
     "qft": "qft",
+    "qft-fp8": 'qft, `compute="fp8"`',
+    "qft-offload": 'qft, `offload="activations"`',
     "qft-plain": "qft without optimize_training",
 }
 
