@@ -120,7 +120,7 @@ def optimize_training(
         loss=loss,
     )
     if chooses:
-        plan.chooser = Chooser(memory, inner, plan)
+        plan.chooser = Chooser(str(memory), inner, plan)
     index = 0
     for owner, members in owners:
         _blocks.BlocksForward(owner, members, plan).put_on()
