@@ -16,12 +16,15 @@ from qft.quantizer import DERIVED, Capabilities
 from qft.registry import ENTRY_POINTS
 
 sys.path.insert(0, str(Path(__file__).parent))
+import memory_tables
 import speed_tables
 import tables
 
 PAGE = Path(__file__).with_name("capabilities.md")
-FIGURES = tuple(Path(__file__).with_name(name) for name in ("how_to_start.md", "backends.md", "speed.md", "methods.md"))
-TABLES = tables.TABLES | speed_tables.TABLES
+FIGURES = tuple(
+    Path(__file__).with_name(name) for name in ("how_to_start.md", "backends.md", "speed.md", "methods.md", "memory.md")
+)
+TABLES = tables.TABLES | speed_tables.TABLES | memory_tables.TABLES
 DECLARED = tuple(field.name for field in dataclasses.fields(Capabilities))
 HEAD = """# What each quantizer can do
 
