@@ -15,7 +15,8 @@ from qft.errors import BadOption, QftWarning, UnsupportedDevice, UnsupportedOper
 from qft.headless import HeadlessForward, Patch, why_not
 from qft.offloading import Checkpoints
 from qft.optimizers import wait_as_before, wait_once
-from qft.streaming import WeightStream, check
+from qft.places import check
+from qft.streaming import WeightStream
 
 
 @dataclass
