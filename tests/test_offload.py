@@ -353,12 +353,12 @@ def test_save_merge_and_load_see_the_true_weights(tmp_path, spec):
     for one in (plain, model):
         qft.merge(one)
     assert torch.equal(logits(model), logits(plain))
-    model.train()
-    step(model, IDS, IDS)
-    assert torch.equal(logits(model.eval()), logits(plain))
     for one in (plain, model):
         qft.unmerge(one)
     assert torch.equal(logits(model), logits(plain))
+    found = [step(one.train()) for one in (plain, model)]
+    assert relative(found[1][1], found[0][1]) < 3e-6
+    plain.eval(), model.eval()
     assert torch.equal(model.generate(input_ids=IDS[:1, :5], max_new_tokens=4, do_sample=False),
                        plain.generate(input_ids=IDS[:1, :5], max_new_tokens=4, do_sample=False))  # fmt: skip
     floats = [qft.merge_to_float(one, dtype=torch.float32) for one in (plain, model)]
