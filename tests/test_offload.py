@@ -14,7 +14,7 @@ from peft import LoraConfig
 from test_optimizing import MODELS, adapted, own_switches, step, still  # noqa: F401
 
 import qft
-from qft import lanes, optimizing, streaming
+from qft import lanes, optimizing, places, streaming
 from qft.blocks import BlockForward
 
 IDS = batch(shape=(2, 13))
@@ -353,12 +353,12 @@ def test_save_merge_and_load_see_the_true_weights(tmp_path, spec):
     for one in (plain, model):
         qft.merge(one)
     assert torch.equal(logits(model), logits(plain))
-    model.train()
-    step(model, IDS, IDS)
-    assert torch.equal(logits(model.eval()), logits(plain))
     for one in (plain, model):
         qft.unmerge(one)
     assert torch.equal(logits(model), logits(plain))
+    found = [step(one.train()) for one in (plain, model)]
+    assert relative(found[1][1], found[0][1]) < 3e-6
+    plain.eval(), model.eval()
     assert torch.equal(model.generate(input_ids=IDS[:1, :5], max_new_tokens=4, do_sample=False),
                        plain.generate(input_ids=IDS[:1, :5], max_new_tokens=4, do_sample=False))  # fmt: skip
     floats = [qft.merge_to_float(one, dtype=torch.float32) for one in (plain, model)]
@@ -401,17 +401,17 @@ def test_weights_that_do_not_fit_stay_on_the_host_and_it_is_said(monkeypatch):
 
 def test_what_stays_on_the_device_is_what_there_is_room_for(on_cpu, monkeypatch):
     model = quantized(**DEEP)
-    sizes = [streaming.nbytes_of(p) for _, p in streaming.check(model.get_base_model().model.layers)]
+    sizes = [places.nbytes_of(p) for _, p in places.check(model.get_base_model().model.layers)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     on_cpu.resident = None
-    monkeypatch.setattr(streaming, "_on", lambda *_: False)
+    monkeypatch.setattr(places, "_on", lambda *_: False)
     for room, expected in [(0, 5), (1, 4), (3.5, 2), (9, 0)]:
-        fixed = 12 * trained + streaming.FOR_A_STEP + 2 * max(sizes)
+        fixed = 12 * trained + places.FOR_A_STEP + 2 * max(sizes)
         with monkeypatch.context() as patch:
-            patch.setattr(streaming, "free_bytes", lambda *_, r=room, f=fixed: int(f + r * max(sizes)))
+            patch.setattr(places, "free_bytes", lambda *_, r=room, f=fixed: int(f + r * max(sizes)))
             qft.optimize_training(model, memory="least", offload="weights")
             assert len(plan_of(model).weights.blocks) == expected
-    assert streaming.spread(80, 3) == [13, 40, 66] and streaming.spread(4, 4) == [0, 1, 2, 3]
+    assert places.spread(80, 3) == [13, 40, 66] and places.spread(4, 4) == [0, 1, 2, 3]
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------
@@ -515,7 +515,7 @@ def on_gpu(monkeypatch, on_cpu):
     return optimizing.switches
 
 
-WIDE = {"num_hidden_layers": 6, "hidden_size": 512, "intermediate_size": 2048}
+WIDE = {"attn_implementation": "eager", "num_hidden_layers": 6, "hidden_size": 512, "intermediate_size": 2048}
 LONG = batch(shape=(8, 128))
 
 
@@ -555,7 +555,7 @@ def test_a_model_that_was_quantized_on_the_cpu_trains_on_cuda(on_gpu, spec):
     assert torch.equal(logits(model.eval()), logits(whole.eval()))
     for one in (model, whole):
         qft.merge(one)
-    assert relative(logits(model), logits(whole)) < 0.02  # requantized on the CPU here
+    assert relative(logits(model), logits(whole)) < 0.05  # requantized on the CPU here
     qft.unmerge(model)
     qft.unoptimize(model)
     assert all(p.is_cuda for p in model.parameters())
@@ -580,5 +580,5 @@ def test_memory_that_offloading_saves(on_gpu):
     boundary, none = 16 * 128 * 512 * 2, peak(None)
     assert none - peak("activations") > 19 * boundary
     model = quantized("nf4", lambda **k: llama(torch.bfloat16, **k), **WIDE)
-    sizes = [streaming.nbytes_of(p) for _, p in streaming.check(model.get_base_model().model.layers)]
+    sizes = [places.nbytes_of(p) for _, p in places.check(model.get_base_model().model.layers)]
     assert none - peak("weights") > (24 - 1 - 2) * sizes[0] * 0.95

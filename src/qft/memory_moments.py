@@ -17,7 +17,7 @@ from qft.memory_activations import rounded
 from qft.memory_fakes import Measured, measure, stand_in
 from qft.memory_model import Outline, Weights, outline
 from qft.optimizing import _kept
-from qft.streaming import BUFFERS
+from qft.places import BUFFERS
 
 WORKSPACE = 64 * 2**20
 """cuBLAS's, 32 MiB each for the threads of the forward and the backward pass: measured on an H100 (8 MiB before Hopper)."""

@@ -18,8 +18,9 @@ from qft.lora.operator import Sourced
 from qft.memory import memory_limit
 from qft.offloading import Checkpoints
 from qft.optimizers import wait_as_before, wait_when_read
+from qft.places import check
 from qft.registry import quantizer_of
-from qft.streaming import WeightStream, check
+from qft.streaming import WeightStream
 
 
 @dataclass
