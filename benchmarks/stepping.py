@@ -25,6 +25,7 @@ KINDS = (
 )
 """Kinds of kernels by their names, the first match winning; everything else is elementwise."""
 TOP = 40
+SLICES = 20
 
 
 def token_ids(vocabulary: int, count: int, batch: int, sequence: int, seed: int = 0) -> Tensor:
@@ -148,7 +149,8 @@ def kind_of(name: str) -> str:
 def profiled(run: Any, cuda: bool) -> dict[str, Any]:
     """Where the time of `run` goes: milliseconds and shares by kind, idle included, and of its longest kernels.
 
-    On a GPU these are kernels, and idle is when none ran; on a CPU operators without those that they call.
+    On a GPU these are kernels, and idle is when none ran, which is given by the kernel that came next, too, and for each
+    of `SLICES` equal parts of the time; on a CPU operators without those that they call.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -162,6 +164,7 @@ def profiled(run: Any, cuda: bool) -> dict[str, Any]:
     seconds: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     busy = 0.0
+    gaps: list[tuple[int, int, str]] = []
     if cuda:
         kernels = sorted(
             (e.start_ns(), e.duration_ns(), e.name())
@@ -173,6 +176,8 @@ def profiled(run: Any, cuda: bool) -> dict[str, Any]:
             seconds[name] += length / 1e9
             calls[name] += 1
             busy += max(0, begin + length - max(begin, until)) / 1e9
+            if until and begin > until:
+                gaps.append((until, begin, name))
             until = max(until, begin + length)
         if kernels:
             span = (until - kernels[0][0]) / 1e9
@@ -189,7 +194,14 @@ def profiled(run: Any, cuda: bool) -> dict[str, Any]:
     def row(name: str, s: float) -> dict[str, Any]:
         return {"name": name[:160], "ms": s * 1e3, "share": s / span}
 
-    return {
+    waits: Counter[str] = Counter()
+    slices = [0.0] * SLICES
+    for end, begin, name in gaps:
+        waits[name] += (begin - end) / 1e9
+        middle = (begin + end) / 2 - kernels[0][0]
+        slices[min(SLICES - 1, int(middle / (span * 1e9) * SLICES))] += (begin - end) / 1e6
+    idle = {"idle_before": [row(n, w) for n, w in waits.most_common(12)], "idle_ms": slices} if cuda else {}
+    return idle | {
         "span_ms": span * 1e3,
         "kinds": [row(k, s) for k, s in kinds.most_common()],
         "kernels": [row(n, s) | {"calls": calls[n], "kind": kind_of(n)} for n, s in seconds.most_common(TOP)],
