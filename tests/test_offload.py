@@ -419,13 +419,15 @@ def test_what_stays_on_the_device_is_what_there_is_room_for(on_cpu, monkeypatch)
 
 def test_a_plan_counts_what_is_offloaded():
     config = llama(num_hidden_layers=12, hidden_size=128, intermediate_size=512).config
-    asked = {"sequence_length": 128, "batch_size": 4, "optimizer": "sgd", "memory": "least"}
+    asked = {"sequence_length": 128, "batch_size": 16, "optimizer": "sgd", "memory": "least"}
+    asked["adapter"] = LoraConfig(r=1, target_modules="all-linear")
     none = qft.plan(config, **asked)
     inputs = qft.plan(config, **asked, offload="activations")
-    boundary = 4 * 128 * 128 * 2
+    boundary = 16 * 128 * 128 * 2
     assert inputs.host == 12 * boundary and not none.host
     assert none.moments["loss"]["activations"] - inputs.moments["loss"]["activations"] == 11 * boundary
-    assert none.totals["backward"] - inputs.totals["backward"] == 10 * boundary
+    # the worst block of the one is the last, of the other one of the first, beside the gradients of all others
+    assert 9 * boundary < none.totals["backward"] - inputs.totals["backward"] <= 10 * boundary
     packed = sum(none.moments["loading"][k] for k in ("codes", "constants"))
     for resident in [None, 3, 12]:
         some = qft.plan(config, **asked, offload="weights", resident=resident)
