@@ -183,6 +183,7 @@ def measure(
     autocast: bool,
     compiled: bool | None = None,
     masked: bool = False,
+    liger: bool = False,
 ) -> Measured:
     """Run what stands around the blocks, and one block of each kind.
 
@@ -190,6 +191,7 @@ def measure(
         fast: the loss comes without logits.
         compiled: blocks are compiled; default as `fast`.
         masked: attention reads a mask of (batch, 1, sequence, sequence), which padding and packing make.
+        liger: that loss is liger-kernel's.
     """
     model: Any = found.model
     owners = find_blocks(model)
@@ -233,7 +235,7 @@ def measure(
             ids = torch.empty(batch, sequence, dtype=torch.int64)
             with ledger:
                 mask = {"attention_mask": torch.empty(batch, 1, sequence, sequence, dtype=torch.bool)} if masked else {}
-                loss = _loss(model, ids, fast, mask)
+                loss = _loss(model, ids, fast, mask, liger)
                 loss.backward()
         finally:
             hook.remove()
@@ -253,7 +255,7 @@ def _returns_tuple(block: nn.Module) -> bool:
     return "tuple" in hint.lower() and "Tensor |" not in hint and "| torch.Tensor" not in hint
 
 
-def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor]) -> Tensor:
+def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor], liger: bool) -> Tensor:
     if not fast:
         return model(input_ids=ids, labels=ids, use_cache=False, **mask).loss
     base = getattr(model, model.base_model_prefix)
@@ -266,7 +268,28 @@ def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor]) -> Tenso
         flat, weight = flat.to(dtype), weight.to(dtype)
     del hidden
     with torch.autocast("cpu", enabled=False):
+        if liger:
+            return _AsLiger.apply(flat, weight)
         return _LinearCrossEntropy.apply(flat, weight, None, Targets(ids.reshape(-1), None), LogitScaling(), True)
+
+
+class _AsLiger(torch.autograd.Function):
+    """What liger-kernel's loss allocates: logits of as many tokens as fill one more copy of the hidden states."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        (tokens, width), vocabulary = hidden.shape, len(weight)
+        rows = -(-tokens // -(-vocabulary // width))
+        grad, rows = torch.zeros_like(hidden), min(tokens, 1 << (rows - 1).bit_length())
+        logits = hidden[:rows] @ weight.T  # the kernel leaves their gradient in them
+        grad[:rows] = logits @ weight
+        ctx.save_for_backward(grad)
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, g):
+        (grad,) = ctx.saved_tensors
+        return grad.mul_(g.to(grad.dtype)), None
 
 
 def _to_fake(module: nn.Module, without: set[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -60,6 +61,12 @@ def optimizer_bytes(optimizer: str, sizes: tuple[int, ...]) -> tuple[int, int, i
     return device, host, sum(rounded(4 * n) for n in sizes) if optimizer == "adamw" else 0
 
 
+def takes_liger(config: Any) -> bool:
+    """Whether the loss without logits is liger-kernel's on a GPU: where it is installed, and no scale is in its way."""
+    scales = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+    return find_spec("liger_kernel") is not None and all(s in (None, 1) for s in scales)
+
+
 @dataclass
 class Estimate:
     """A model over which plans for many options are made; what is measured once is kept. See `qft.plan`."""
@@ -97,7 +104,8 @@ class Estimate:
     def measured(self, batch: int, sequence: int, masked: bool = False) -> Measured:
         key = (batch, sequence, masked, self.autocast)
         if key not in self._measured:
-            options = {"fast": self.fast, "autocast": self.autocast, "compiled": self.compiled, "masked": masked}
+            options: dict[str, Any] = {"fast": self.fast, "autocast": self.autocast, "compiled": self.compiled}
+            options |= {"masked": masked, "liger": self.fast and self.on_gpu and takes_liger(self.outline.model.config)}
             try:
                 self._measured[key] = measure(self.outline, batch, sequence, **options)
             except UnsupportedOperation:
