@@ -1,10 +1,8 @@
 """SINQ's scales of columns: what they undo, and what they save."""
 
-import importlib.util
-
 import pytest
 import torch
-from foreign import LORA, edit_config
+from foreign import LORA
 from helpers import refuses
 from models import llama, relative
 from twins import both_errors, pair
@@ -65,13 +63,3 @@ def test_kit_options_and_gradients():
     with refuses(qft.BadOption, "scaling"):
         qft.get_quantizer("reference:scaling=sinq")
     assert max(both_errors(*pair(llama, "reference:format=int,group_size=32,scaling=sinq", LORA))) < 1e-5
-
-
-def test_folders_of_its_own_package_name_what_they_need(tmp_path):
-    """Its checkpoints hold `W_q` and a serialized `meta` that only the package sinq reads."""
-    if importlib.util.find_spec("sinq") is not None:
-        pytest.skip("sinq is installed")
-    llama().save_pretrained(tmp_path)
-    edit_config(tmp_path, quant_method="sinq", nbits=4, group_size=64)
-    with refuses(qft.MissingDependency, "sinq"):
-        qft.quantize(tmp_path, "reference:format=int,scaling=sinq", device="cpu", progress=False)

@@ -253,6 +253,10 @@ class HQQ(TensorQuantizer):
             stored = torch.load(folder / "qmodel.pt", map_location="cpu", weights_only=True)
             layers, others = {}, {}
             for name, state in stored.items():
+                if "meta" in state:
+                    raise UnsupportedOperation(
+                        f"{folder / 'qmodel.pt'} is sinq's: save the model with its save_quantized_safetensors, which is read"
+                    )
                 if "W_q" not in state:
                     others |= {f"{name}.{key}": value for key, value in state.items()}
                     continue
