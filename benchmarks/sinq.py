@@ -12,44 +12,20 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import smollm
 import torch
-from torch import Tensor
 
 import qft
-from qft.backends.hqq import HQQ
-from qft.sinkhorn import column_scales
 
 
-@dataclass(frozen=True)
-class ScaledHQQ(HQQ):
-    """HQQ over a weight whose columns were evened out."""
-
-    def pack(self, weight: Tensor, *, statistics: Any = None) -> dict[str, Tensor]:
-        columns = column_scales(weight, self.group_size or 64).to(weight.dtype)
-        return {**super().pack(weight / columns), "column_scale": columns}
-
-    def unpack(
-        self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        value = super().unpack(packed, shape=shape, dtype=torch.float32).mul_(packed["column_scale"].float())
-        return value.to(dtype) if out is None else out.copy_(value)
-
-    def template(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {**super().template(shape, dtype), "column_scale": ((shape[-1],), dtype)}
-
-
-def specs(bits: int) -> list[Any]:
+def specs(bits: int) -> list[str]:
     integers = f"reference:format=int,bits={bits}"
     return [
         f"{integers},group_size=64,scaling=sinq",
         f"{integers},group_size=48",
-        ScaledHQQ(bits=bits),
+        f"hqq:bits={bits},scaling=sinq",
         f"hqq:bits={bits},group_size=48",
         f"sinq:bits={bits}",
         f"{integers},group_size=64",
@@ -72,13 +48,12 @@ def main() -> None:
     originals = {"plain": plain, "folded": smollm.fold(copy.deepcopy(plain))}
     rows = json.loads(options.resume.read_text(encoding="utf-8"))["runs"] if options.resume else []
     for name in options.models:
-        for spec in (s for bits in (4, 3) for s in specs(bits)):
-            said = str(spec)
-            if any((r["quantizer"], r["model"]) == (said, name) for r in rows):
+        for spec in (s for bits in (3, 4) for s in specs(bits)):
+            if any((r["quantizer"], r["model"]) == (spec, name) for r in rows):
                 continue
             model = qft.quantize(copy.deepcopy(originals[name]), spec, progress=False)
             found = {"bits_per_weight": qft.audit(model).bits_per_weight, "perplexity": smollm.perplexity(model, held)}
-            rows.append({"quantizer": said, "model": name, **found})
+            rows.append({"quantizer": spec, "model": name, **found})
             print(json.dumps(rows[-1]), flush=True)
             if options.out:
                 options.out.write_text(json.dumps({**smollm.about(), "runs": rows}, indent=1) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from models import llama, relative
 from twins import both_errors, pair
 
 import qft
+from qft.backends.hqq import HQQ
 from qft.backends.reference import Reference
 from qft.sinkhorn import column_scales
 from qft.testing import check_quantizer
@@ -63,3 +64,23 @@ def test_kit_options_and_gradients():
     with refuses(qft.BadOption, "scaling"):
         qft.get_quantizer("reference:scaling=sinq")
     assert max(both_errors(*pair(llama, "reference:format=int,group_size=32,scaling=sinq", LORA))) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_hqq(bits):
+    own = HQQ(bits=bits, group_size=32, scaling="sinq")
+    report = check_quantizer(own)
+    assert len(report.passed) == 15 and not report.ruled_out
+    value, scale = weight(1.0)
+    plain = HQQ(bits=bits, group_size=32)
+    errors = []
+    for q in (plain, own):
+        found = q.unpack(q.pack(value), shape=(192, 256), dtype=torch.float32)
+        errors.append(relative(found / scale, value / scale))
+    assert errors[1] < 0.5 * errors[0]
+    assert not own.capabilities.float_zero_points and own.nbytes((192, 256)) == plain.nbytes((192, 256)) + 512
+    for text in ("scaling=other", "scaling=sinq,axis=0"):
+        with refuses(qft.BadOption, "scaling"):
+            qft.get_quantizer(f"hqq:{text}")
+    with refuses(qft.BadShape, "down_proj", model=(model := llama(intermediate_size=96))):
+        qft.quantize(model, "hqq:group_size=64,scaling=sinq", progress=False)
