@@ -219,7 +219,9 @@ def methods() -> str:
         if errors and figures[-1] is None:
             shown[-1] = "refused"
         rows.append([method, *cells, *shown])
-    head = ["method", *(q.partition(":")[0] for q in quantizers), "output", "gradients", "to float"]
+    names = [q.partition(":")[0] for q in quantizers]
+    heads = [n if names.count(n) == 1 else f"`{q}`" for n, q in zip(names, quantizers, strict=True)]
+    head = ["method", *heads, "output", "gradients", "to float"]
     return table(head, rows) + _files("peft_methods-cpu.json")
 
 

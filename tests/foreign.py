@@ -106,6 +106,21 @@ def stands(folder, spec, expected, tmp_path, builder=llama, dtype=torch.float32,
     return loaded(again, spec, dtype)
 
 
+def merges_and_back(spec, bound, builder=llama):
+    """Quantize and train a little; the merged model is near the tuned one, and `qft.unmerge` gives every bit back."""
+    model = qft.wrap(qft.quantize(builder(), spec, progress=False))
+    train_a_little(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    tuned = logits(model)
+    qft.merge(model)
+    assert relative(logits(model), tuned) < bound
+    qft.unmerge(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in after.items():  # bytes: float8 is not comparable
+        assert torch.equal(value.reshape(-1).view(torch.uint8), before[name].reshape(-1).view(torch.uint8)), name
+
+
 def plainly(folder, **options):
     """The same folder in plain transformers."""
     return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, **options).eval()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from foreign import LORA, edit, edit_config, loaded, plainly, stands, with_tensor, without, written
+from foreign import LORA, edit, edit_config, loaded, merges_and_back, plainly, stands, with_tensor, without, written
 from helpers import refuses
-from models import llama, logits, relative, train_a_little
+from models import llama, logits, relative
 from twins import both_errors, pair
 
 import qft
@@ -250,11 +250,4 @@ def test_options():
 def test_gradients_and_merges(options):
     spec = f"compressed-tensors:{options}"
     assert max(both_errors(*pair(llama, spec, LORA))) < 1e-5
-    model = qft.wrap(qft.quantize(llama(), spec, progress=False))
-    train_a_little(model)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    tuned = logits(model)
-    qft.merge(model)
-    assert relative(logits(model), tuned) < 0.25
-    qft.unmerge(model)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    merges_and_back(spec, 0.25)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foreign import LORA, edit, edit_config, loaded, plainly, stands, with_tensor, without, written
+from foreign import LORA, edit, edit_config, loaded, merges_and_back, plainly, stands, with_tensor, without, written
 from helpers import refuses
-from models import llama, logits, relative, train_a_little
+from models import llama, logits, relative
 from torch import nn
 from transformers import FbgemmFp8Config, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
@@ -227,15 +227,7 @@ def test_layers_of_transformers_are_adopted_without_copies(kind):
 @pytest.mark.parametrize("spec", SPECS)
 def test_gradients_merges_and_starts(spec):
     assert max(both_errors(*pair(llama, spec, LORA))) < 1e-5
-    model = qft.wrap(qft.quantize(llama(), spec, progress=False))
-    train_a_little(model)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    tuned = logits(model)
-    qft.merge(model)
-    assert relative(logits(model), tuned) < 0.1
-    qft.unmerge(model)
-    after = model.state_dict()
-    assert all(torch.equal(v.view(torch.uint8), before[k].view(torch.uint8)) for k, v in after.items() if v.dim())
+    merges_and_back(spec, 0.1)
 
 
 def test_dora():

@@ -53,6 +53,10 @@ SPECS = [
     "inc:method=awq,group_size=32",
     "mxfp4",
     "reference:format=int,group_size=64,scaling=sinq",
+    "hqq:scaling=sinq",
+    "sinq",
+    "sinq:bits=3,group_size=32,double_quant=false",
+    "sinq:bits=5",
 ]
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from foreign import LORA
+from foreign import LORA, merges_and_back
 from helpers import refuses
-from models import gpt2, llama, logits, relative, train_a_little
+from models import gpt2, llama, logits
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from twins import both_errors, pair
 
@@ -95,11 +95,4 @@ def test_gradients(dora):
 
 
 def test_merge_and_unmerge():
-    model = qft.wrap(qft.quantize(llama(), "mxfp4", progress=False))
-    train_a_little(model)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    tuned = logits(model)
-    qft.merge(model)
-    assert relative(logits(model), tuned) < 0.25
-    qft.unmerge(model)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    merges_and_back("mxfp4", 0.25)

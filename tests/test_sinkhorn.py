@@ -1,15 +1,14 @@
 """SINQ's scales of columns: what they undo, and what they save."""
 
-import importlib.util
-
 import pytest
 import torch
-from foreign import LORA, edit_config
+from foreign import LORA
 from helpers import refuses
 from models import llama, relative
 from twins import both_errors, pair
 
 import qft
+from qft.backends.hqq import HQQ
 from qft.backends.reference import Reference
 from qft.sinkhorn import column_scales
 from qft.testing import check_quantizer
@@ -67,11 +66,21 @@ def test_kit_options_and_gradients():
     assert max(both_errors(*pair(llama, "reference:format=int,group_size=32,scaling=sinq", LORA))) < 1e-5
 
 
-def test_folders_of_its_own_package_name_what_they_need(tmp_path):
-    """Its checkpoints hold `W_q` and a serialized `meta` that only the package sinq reads."""
-    if importlib.util.find_spec("sinq") is not None:
-        pytest.skip("sinq is installed")
-    llama().save_pretrained(tmp_path)
-    edit_config(tmp_path, quant_method="sinq", nbits=4, group_size=64)
-    with refuses(qft.MissingDependency, "sinq"):
-        qft.quantize(tmp_path, "reference:format=int,scaling=sinq", device="cpu", progress=False)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_hqq(bits):
+    own = HQQ(bits=bits, group_size=32, scaling="sinq")
+    report = check_quantizer(own)
+    assert len(report.passed) == 15 and not report.ruled_out
+    value, scale = weight(1.0)
+    plain = HQQ(bits=bits, group_size=32)
+    errors = []
+    for q in (plain, own):
+        found = q.unpack(q.pack(value), shape=(192, 256), dtype=torch.float32)
+        errors.append(relative(found / scale, value / scale))
+    assert errors[1] < 0.5 * errors[0]
+    assert not own.capabilities.float_zero_points and own.nbytes((192, 256)) == plain.nbytes((192, 256)) + 512
+    for text in ("scaling=other", "scaling=sinq,axis=0"):
+        with refuses(qft.BadOption, "scaling"):
+            qft.get_quantizer(f"hqq:{text}")
+    with refuses(qft.BadShape, "down_proj", model=(model := llama(intermediate_size=96))):
+        qft.quantize(model, "hqq:group_size=64,scaling=sinq", progress=False)

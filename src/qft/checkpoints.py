@@ -137,7 +137,7 @@ def tool_folder(path: str, config: Any, cls: type, options: Mapping[str, Any]) -
         if not folder.is_file():
             raise BadFolder(f"there is no file {folder}")
     with torch.device("meta"):
-        skeleton = cls(config)
+        skeleton = cls(_without_quantization(config))
     layers, state = backend.read_folder(folder, skeleton)
     linears = {n: tuple(m.weight.shape) for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
     wrong = [n for n, layer in layers.items() if linears.get(n) != (layer.out_features, layer.in_features)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -378,6 +378,15 @@ def weight_conversions(model: nn.Module) -> list[Any]:
             c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)
         ]
     return conversions
+
+
+def forget_renames(model: nn.Module, renames: Mapping[str, str]) -> None:
+    """`save_pretrained` would undo them, which held for the names in another tool's files, and wrongly."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions and renames:
+        model._weight_conversions = [
+            c for c in conversions if renames.keys().isdisjoint(getattr(c, "_original_source_patterns", ()))
+        ]
 
 
 def _unquantized_linears(model: nn.Module) -> list[str]:

@@ -223,6 +223,7 @@ def load_quantized(
     try:
         with _quiet(progress):
             model, info = cls.from_pretrained(source, output_loading_info=True, **kwargs)
+        hf.forget_renames(model, kwargs.get("key_mapping") or {})
     except _Stop as stop:
         raise stop.__cause__ from None
     except (QftError, torch.cuda.OutOfMemoryError, MemoryError):
@@ -249,7 +250,7 @@ def _packed(path: str, cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     from qft.checkpoints import packed_config, tool_folder
 
     config = read_config(path, kwargs)
-    if getattr(config, "quantization_config", None) is None:
+    if getattr(config, "quantization_config", None) is None or folder_reader(Path(path, kwargs.get("subfolder") or "")):
         return tool_folder(path, config, cls, kwargs) or {}
     found = packed_config(path, config, cls, kwargs)
     if found is None:

@@ -87,6 +87,9 @@ _entries: dict[str, Entry] = {
     "quanto": Entry(
         "qft.backends.quanto:Quanto", {}, ("optimum-quanto",), "int2, int4, int8 and float8 (optimum-quanto)"
     ),
+    "sinq": Entry(
+        "qft.backends.sinq:SINQ", {}, (), "integers of 2 to 8 bits, rows and columns evened out, no data (SINQ)"
+    ),
     "torchao": Entry(
         "qft.backends.torchao:TorchAO", {}, (), "int8, float8, integers of 1 to 8 bits, int4 and NF4 (torchao)"
     ),

@@ -19,15 +19,19 @@ def column_scales(weight: Tensor, size: int, steps: int = STEPS) -> Tensor:
         weight: float (out, in), in a multiple of `size`.
     """
     rows, width = weight.shape
-    tiles = weight.float().view(rows, width // size, size).transpose(0, 1)
+    tiles = weight.float().view(rows, width // size, size).transpose(0, 1).contiguous()
+    tiles = tiles / torch.where((peak := tiles.abs().amax()) > 0, peak, 1.0)
+    squares = tiles.square()
     column = tiles.new_zeros(len(tiles), 1, size)
     row = tiles.new_zeros(len(tiles), rows, 1)
     best = column.clone()
     least: Tensor | None = None
     target: Tensor | None = None
     for step in range(2 * steps + 1):
-        scaled = tiles * torch.exp(-column) * torch.exp(-row)
-        across, along = scaled.std(1, keepdim=True, correction=0), scaled.std(2, keepdim=True, correction=0)
+        # moments of the scaled tiles, from products with the unscaled ones: nothing of their size is made in a step
+        by_column, by_row = torch.exp(-column), torch.exp(-row)
+        across = _deviation(by_row.mT @ tiles, by_row.square().mT @ squares, rows) * by_column
+        along = _deviation(tiles @ by_column.mT, squares @ by_column.square().mT, size) * by_row
         largest = torch.maximum(across.amax((1, 2)), along.amax((1, 2)))
         smallest = torch.minimum(across.amin((1, 2)), along.amin((1, 2)))
         ratio = largest / smallest.clamp(min=1e-12)
@@ -46,3 +50,7 @@ def column_scales(weight: Tensor, size: int, steps: int = STEPS) -> Tensor:
 
 def _towards(deviation: Tensor, target: Tensor) -> Tensor:
     return (deviation / target).clamp(1e-3, 1e3).log().clamp(min=-0.3)
+
+
+def _deviation(total: Tensor, squares: Tensor, count: int) -> Tensor:
+    return (squares / count - (total / count).square()).clamp(min=0).sqrt()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from qft.bits import codes_per_word, in_groups, pack_rows, unpack_rows
 from qft.errors import BadFolder, BadOption, BadShape, QftError, UnsupportedOperation
 from qft.packed import PackedLinear, TensorQuantizer
 from qft.quantizer import Capabilities, QuantizedWeight
+from qft.sinkhorn import column_scales
 
 BITS = (1, 2, 3, 4, 8)
 GROUP_SIZES = (128, 64, 32)
@@ -54,6 +55,8 @@ class HQQ(TensorQuantizer):
         axis: 1 groups neighbours of a row, 0 weights of a column.
         optimize: fit the zero points; False is round-to-nearest between each group's extremes.
         round_zero: whether zero points start from whole numbers; None is the package's way, with 4 bits only.
+        scaling: "sinq" divides columns by scales of their own first (SINQ, arXiv 2509.22944, section 3), which the package
+            does not; for groups that divide in_features. It costs 16 / out_features bits a weight, and a while.
 
     A weight decodes as `(code - zero_point) * scale`, in float32; `HQQLinear` rounds to its compute dtype in between.
     Codes and constants are those of the package's `Quantizer.quantize` on a CPU, bit for bit, where weights are not
@@ -62,7 +65,8 @@ class HQQ(TensorQuantizer):
 
     Packed tensors, `HQQLinear`'s own: `qweight` (its W_q) uint8, int32 for 3 bits, codes packed along the groups'
     first dimension; `scale` and `zero_point` in the weight's dtype, `(groups, 1)`, or `(1, groups)` with axis 0. Zero
-    points of 8 bits over bfloat16 are float16, which takes a fifth off the error; one that was shifted is float32.
+    points of 8 bits over bfloat16 are float16, which takes a fifth off the error; one that was shifted is float32. With
+    `scaling="sinq"` also `column_scale` (in_features,) in the weight's dtype.
     """
 
     name: ClassVar[str] = "hqq"
@@ -80,6 +84,7 @@ class HQQ(TensorQuantizer):
     axis: int = 1
     optimize: bool = True
     round_zero: bool | None = None
+    scaling: Literal["none", "sinq"] = "none"
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,6 +94,8 @@ class HQQ(TensorQuantizer):
             raise BadOption(f"hqq: group_size={self.group_size}; it is a positive number of weights")
         if self.axis not in (0, 1):
             raise BadOption(f"hqq: axis={self.axis}; it is 1 (groups of neighbours in a row) or 0 (in a column)")
+        if self.scaling not in ("none", "sinq") or (self.scaling == "sinq" and self.axis != 1):
+            raise BadOption(f"hqq: scaling={self.scaling!r}; it is 'none', or 'sinq' with axis=1")
         if self.round_zero == (self.bits == 4):
             object.__setattr__(self, "round_zero", None)
 
@@ -98,7 +105,7 @@ class HQQ(TensorQuantizer):
             bits=self.bits,
             devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
             requantize=True,
-            float_zero_points=self.axis == 1,
+            float_zero_points=self.axis == 1 and self.scaling == "none",
         )
 
     def resolve(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> HQQ:
@@ -109,7 +116,8 @@ class HQQ(TensorQuantizer):
                     return replace(self, group_size=size)
         for name, shape in shapes:
             size = self.group_size or GROUP_SIZES[-1]
-            if prod(shape) % size or (self.group_size is None and shape[-1] % size):
+            whole_rows = self.group_size is None or self.scaling == "sinq"
+            if prod(shape) % size or (whole_rows and shape[-1] % size):
                 raise BadShape(
                     f"{name} is {' × '.join(map(str, shape))}, which groups of {size} do not divide: give a group_size "
                     "that divides every weight, or skip this one"
@@ -120,6 +128,10 @@ class HQQ(TensorQuantizer):
 
     def pack(self, weight: Tensor, *, statistics: Any = None) -> dict[str, Tensor]:
         size = self._size(tuple(weight.shape))
+        if self.scaling == "sinq":
+            columns = column_scales(weight, size).to(weight.dtype)
+            packed = replace(self, scaling="none").pack((weight.float() / columns.float()).to(weight.dtype))
+            return {**packed, "column_scale": columns}
         groups, top = in_groups(weight.float(), size, self.axis), 2**self.bits - 1
         # a power of two, on the device: nothing waits for it, and it changes no code that the bounds leave alone
         largest = groups.abs().amax()
@@ -144,6 +156,10 @@ class HQQ(TensorQuantizer):
         self, packed: Mapping[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         size = self._size(shape)
+        if self.scaling == "sinq":  # the columns' scales last, and in float32
+            value = replace(self, scaling="none").unpack(packed, shape=shape, dtype=torch.float32)
+            value.mul_(packed["column_scale"].float())
+            return value.to(dtype) if out is None else out.copy_(value)
         value = kernels.parts(
             packed, bits=self.bits, group_size=size, axis=self.axis, layout="hqq", shape=shape, dtype=dtype, out=out
         )
@@ -171,7 +187,7 @@ class HQQ(TensorQuantizer):
 
     def _size(self, shape: tuple[int, ...]) -> int:
         size = self.group_size or next((s for s in GROUP_SIZES if shape[-1] % s == 0), GROUP_SIZES[-1])
-        if prod(shape) % size:
+        if prod(shape) % size or (self.scaling == "sinq" and shape[-1] % size):
             raise BadShape(f"a weight of {tuple(shape)} cannot be divided into groups of {size}")
         return size
 
@@ -181,11 +197,12 @@ class HQQ(TensorQuantizer):
         rows, columns = (groups, size) if self.axis == 1 else (size, groups)
         constants = (groups, 1) if self.axis == 1 else (1, groups)
         words = -(-rows // codes_per_word(self.bits, self._word))
-        return {
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "qweight": ((words, columns), self._word),
             "scale": (constants, dtype),
             "zero_point": (constants, self._zeros(dtype)),
         }
+        return {**found, "column_scale": ((shape[-1],), dtype)} if self.scaling == "sinq" else found
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return sum(prod(s) * dtype.itemsize for s, dtype in self.template(shape, torch.bfloat16).values())
@@ -196,14 +213,15 @@ class HQQ(TensorQuantizer):
         own = weight.module.quantizer
         size = own._size(weight.shape)
         # groups that run on into the next row, or down a column, share their constants with other rows
-        return size if own.axis == 1 and weight.shape[-1] % size == 0 else None
+        whole_rows = own.axis == 1 and weight.shape[-1] % size == 0
+        return size if whole_rows and own.scaling == "none" else None
 
     def shift(self, weight: QuantizedWeight, delta: Tensor) -> None:
         module, size = weight.module, self.group_size_of(weight)
         if size is None:
             raise UnsupportedOperation(
                 f"{module.quantizer!r} has no groups of neighbours within the rows of a weight of {weight.shape}: "
-                "axis=1 and a group_size that divides in_features have"
+                "axis=1 and a group_size that divides in_features have, without scaling"
             )
         wanted = (*weight.shape[:-1], weight.shape[-1] // size)
         if tuple(delta.shape) != wanted:
@@ -253,6 +271,10 @@ class HQQ(TensorQuantizer):
             stored = torch.load(folder / "qmodel.pt", map_location="cpu", weights_only=True)
             layers, others = {}, {}
             for name, state in stored.items():
+                if "meta" in state:
+                    raise UnsupportedOperation(
+                        f"{folder / 'qmodel.pt'} is sinq's: save the model with its save_quantized_safetensors, which is read"
+                    )
                 if "W_q" not in state:
                     others |= {f"{name}.{key}": value for key, value in state.items()}
                     continue
