@@ -56,9 +56,14 @@ def is_adapter(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def adapter_below(folder: str | os.PathLike[str]) -> list[str]:
-    """Folders directly below that hold an adapter, as a training run leaves them."""
-    return sorted(str(file.parent) for file in Path(folder).glob("*/adapter_config.json"))
+def refuse_parent(folder: str | os.PathLike[str]) -> None:
+    """Raise `BadFolder` where a folder holds neither model nor adapter, and folders in it do."""
+    here = Path(folder)
+    if is_adapter(here) or (here / "config.json").is_file():
+        return
+    below = sorted(str(file.parent) for file in here.glob("*/adapter_config.json"))[:3]
+    if below:
+        raise BadFolder(f"{folder} holds no adapter itself: did you mean {' or '.join(below)}?")
 
 
 def open_model(folder: str | os.PathLike[str], base: Any = None, *, device: Any = None, dtype: Any = None) -> nn.Module:
@@ -82,9 +87,7 @@ def open_model(folder: str | os.PathLike[str], base: Any = None, *, device: Any 
     if is_adapter(folder):
         where = {} if target is None else {"device": target}
         return qft.load(folder, base=None if base is None else check_path(base), **where, **options)
-    below = adapter_below(folder)
-    if below and not (Path(folder) / "config.json").is_file():
-        raise BadFolder(f"{folder} holds no adapter itself: did you mean {' or '.join(below)}?")
+    refuse_parent(folder)
     if base is not None:
         raise BadOption(f"--base goes with an adapter, and {folder} holds none (no adapter_config.json)")
     if stored_quantization(folder, {}) is None:

@@ -24,7 +24,7 @@ from qft.exporting import FORMATS, export
 from qft.loading import check_files, model_class, read_config, stored_quantization
 from qft.memory_model import weight_bytes
 from qft.merging import merge
-from qft.opening import check_path, is_adapter, open_model, read_texts, read_tokenizer
+from qft.opening import check_path, is_adapter, open_model, read_texts, read_tokenizer, refuse_parent
 from qft.quantizer import as_float_dtype, float_weight
 from qft.quantizing import quantize
 from qft.registry import get_quantizer, parse_spec
@@ -197,6 +197,7 @@ def _from_adapter(
     for path in (base, original):
         if path is not None:
             check_path(path)
+    refuse_parent(source)
     named = _base_of(source, base)
     if named is None and dry_run:
         raise BadFolder(f"{source} does not name its base model: give --base")
