@@ -392,10 +392,12 @@ def unmark(model: nn.Module) -> None:
     """Remove every mark: the model is a plain float model again."""
     model.__dict__.pop("_qft", None)
     if "_qft_conversions" in model.__dict__:
-        conversions = model.__dict__.pop("_qft_conversions")
-        if conversions is not None:  # those that a quantizer read its codes with have no way back, and no codes
-            conversions = [c for c in conversions if not any(hasattr(o, "hf_quantizer") for o in _operations(c))]
-        model._weight_conversions = conversions
+        model._weight_conversions = model.__dict__.pop("_qft_conversions")
+    conversions = model.__dict__.get("_weight_conversions")
+    if conversions:  # those that a quantizer read its codes with: they have no way back, and floats no use for them
+        model._weight_conversions = [
+            c for c in conversions if not any(hasattr(o, "hf_quantizer") for o in getattr(c, "operations", ()))
+        ]
     for name in (
         "hf_quantizer",
         "is_quantized",
@@ -414,10 +416,6 @@ def unmark(model: nn.Module) -> None:
             for name in ("quantization_config", "_is_quantized"):
                 if name in getattr(part, "__dict__", {}):
                     delattr(part, name)
-
-
-def _operations(conversion: Any) -> list[Any]:
-    return list(getattr(conversion, "operations", ()))
 
 
 def _sub_configs(config: Any) -> list[Any]:
