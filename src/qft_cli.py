@@ -2,13 +2,13 @@
 
 Each verb is one file in `qft/cli/` that holds a function `command`; the file's name is the verb's name. Verb files
 are loaded by path, since `import qft.cli.demo` would import qft, and with it torch, before `--help` can answer.
-So a verb file imports typer and nothing heavy at its top, and imports qft in its function.
+So a verb file imports typer and nothing heavy at its top, and imports qft in its function. Where the first word names a
+verb, only its file is loaded.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -21,21 +21,33 @@ from typing import Annotated, Any
 import typer
 
 VERBS = Path(__file__).with_name("qft") / "cli"
+QUANTIZERS = (
+    "nf4", "fp4", "int8", "aqlm", "awq", "eetq", "auto-round", "bitnet", "compressed-tensors", "fp8", "gguf", "gptq", "hqq",
+    "inc", "mxfp4", "quanto", "torchao", "reference",
+)  # fmt: skip
+"""The registry's names, for tab completion, which has no time to import it; a test compares them."""
+EXIT_CODES = "Exit codes: 0 done; 1 refused, with one line that says why; 2 a wrong option; 130 interrupted by Ctrl-C."
 
 
-def app() -> typer.Typer:
-    """The command with all of its verbs."""
+def complete_quantizer(incomplete: str) -> list[str]:
+    """Names of quantizers that begin so."""
+    return [name for name in QUANTIZERS if name.startswith(incomplete)]
+
+
+def app(only: str | None = None) -> typer.Typer:
+    """The command with all of its verbs, or with one."""
     cli = typer.Typer(
         name="qft",
         help="Quantized fine-tuning: quantize, tune and merge language models with any backend.",
-        add_completion=False,
+        epilog=EXIT_CODES,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     cli.callback()(_options)
-    for file in sorted(VERBS.glob("[a-z]*.py")):
-        cli.command(file.stem.replace("_", "-"))(_reporting(_load(file)))
+    files = sorted(VERBS.glob("[a-z]*.py"))
+    for file in [f for f in files if _verb(f) == only] or files:
+        cli.command(_verb(file))(_reporting(_load(file)))
     return cli
 
 
@@ -44,7 +56,11 @@ def main() -> None:
         warnings.simplefilter("ignore", FutureWarning)  # other libraries' advice to us, none of the user's business
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names kernels to fetch; qft bypasses them
     warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
-    app()()
+    app(sys.argv[1] if len(sys.argv) > 1 else None)()
+
+
+def _verb(file: Path) -> str:
+    return file.stem.replace("_", "-")
 
 
 def _options(
@@ -57,6 +73,8 @@ def _options(
 
 def _version(asked: bool) -> None:
     if asked:
+        import importlib.metadata
+
         print("qft", importlib.metadata.version("qft"))
         raise typer.Exit
 
@@ -116,4 +134,5 @@ def _import_quietly() -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["qft_cli"] = sys.modules["__main__"]  # verb files import from it
     main()

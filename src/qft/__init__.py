@@ -66,6 +66,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
+    from qft.doctoring import Doctor, doctor
     from qft.memory import Plan, plan
     from qft.optimizing import optimize_training, unoptimize
     from qft.packing import PackingCollator
@@ -97,6 +98,7 @@ __all__ = [
     "Calibration",
     "Capabilities",
     "CompressedTensors",
+    "Doctor",
     "InitReport",
     "LoftQ",
     "MergeReport",
@@ -129,6 +131,7 @@ __all__ = [
     "audit",
     "available_quantizers",
     "capabilities",
+    "doctor",
     "errors",
     "export",
     "get_quantizer",
@@ -170,6 +173,8 @@ _LAZY = {
     "TorchAO": "qft.backends.torchao",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
+    "Doctor": "qft.doctoring",
+    "doctor": "qft.doctoring",
     "optimize_training": "qft.optimizing",
     "plan": "qft.memory",
     "testing": "qft.testing",

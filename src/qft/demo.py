@@ -29,7 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import logging as transformers_logging
 
 import qft
+from qft.devices import default_device
 from qft.errors import BadFolder, BadOption, MissingDependency
+from qft.saying import quiet
 
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"
 PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -110,7 +112,7 @@ def run_demo(
         BadOption, BadFolder, MissingDependency: before anything is loaded, where the arguments show it.
         QftError: whatever the quantizer refuses.
     """
-    start = time.perf_counter()
+    start, progress = time.perf_counter(), progress and not quiet()
     sizes = {"steps": (steps, 1), "batch_size": (batch_size, 1), "sequence_length": (sequence_length, 2)}
     for name, (value, least) in sizes.items():
         if value < least:
@@ -338,11 +340,8 @@ def _continue(model: Any, tokenizer: Any, prompt: str) -> str:
 
 def _device(usable: frozenset[str]) -> torch.device:
     """The accelerator where there is one that the quantizer runs on, else the CPU."""
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        if device is not None and device.type in usable:
-            return torch.device(device.type, 0)
-    return torch.device("cpu")
+    device = default_device()
+    return device if device.type in usable else torch.device("cpu")
 
 
 def _device_name(device: torch.device) -> str:

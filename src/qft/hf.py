@@ -402,6 +402,11 @@ def unmark(model: nn.Module) -> None:
     model.__dict__.pop("_qft", None)
     if "_qft_conversions" in model.__dict__:
         model._weight_conversions = model.__dict__.pop("_qft_conversions")
+    conversions = model.__dict__.get("_weight_conversions")
+    if conversions:  # those that a quantizer read its codes with: they have no way back, and floats no use for them
+        model._weight_conversions = [
+            c for c in conversions if not any(hasattr(o, "hf_quantizer") for o in getattr(c, "operations", ()))
+        ]
     for name in (
         "hf_quantizer",
         "is_quantized",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -28,6 +27,7 @@ from qft.preparing import prepare_model_for_kbit_training
 from qft.quantizer import Quantizer
 from qft.quantizing import quantize_as, warn_unused_calibration
 from qft.registry import parse_spec
+from qft.saying import say
 from qft.statistics import StatisticsKind
 
 
@@ -299,10 +299,10 @@ def quantize_and_wrap(
         check_adapter(model, adapter)
         peft_model = _wrap_lora(model, adapter, run, record, forward)
     if progress and run is not None:
-        print(f"  {run.report}", file=sys.stderr)
+        say(f"  {run.report}")
     if progress:
         trainable, _ = peft_model.get_nb_trainable_parameters()
-        print(f"  trainable: {trainable:,} parameters in {len(targeted_layers(peft_model))} layers", file=sys.stderr)
+        say(f"  trainable: {trainable:,} parameters in {len(targeted_layers(peft_model))} layers")
     return peft_model
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import types
 import typing
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from qft.errors import BadOption, MissingDependency, UnsupportedDevice, UnsupportedOperation
+from qft.devices import twin_for
+from qft.errors import BadOption, MissingDependency, QftWarning, UnsupportedDevice, UnsupportedOperation
 
 if TYPE_CHECKING:
     from qft.kernels import Codebook
@@ -299,12 +301,18 @@ class Quantizer(ABC):
         return self
 
     def on_device(self, device: torch.device) -> Quantizer:
-        """The quantizer to use on `device`: itself, or one with the same codes that runs there.
+        """The quantizer to use on `device`: itself, or one of the same format that runs there; on MPS its packed twin.
 
         Raises:
             UnsupportedDevice: it has no kernels for the device.
         """
         if device.type not in self.capabilities.devices:
+            twin = twin_for(self, device) if device.type == "mps" else None
+            if twin is not None:
+                warnings.warn(
+                    f"{self!r} has no kernels for MPS: using {twin!r}, in pure PyTorch", QftWarning, stacklevel=4
+                )
+                return twin
             raise UnsupportedDevice(
                 f"{self!r} has no kernels for {device.type!r}: move the model to one of "
                 f"{', '.join(sorted(self.capabilities.devices))}, or use 'reference', which runs everywhere"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from qft import hf, marks
 from qft.activations import Group, collect
 from qft.audit import audit
 from qft.calibration import Batch, batches
+from qft.devices import check_device, place
 from qft.errors import (
     AlreadyQuantized,
     BadFolder,
@@ -31,6 +31,7 @@ from qft.experts import as_stack, pack_parameter, packed_weights
 from qft.loading import Plan, load_quantized, stored_quantization
 from qft.quantizer import OnWeight, Quantizer, code_options
 from qft.registry import Spec, file_reader, parse_spec, quantizer_of
+from qft.saying import quiet, say
 from qft.selection import Selection, check_finite, select, settle, target_weights
 from qft.statistics import StatisticsKind
 
@@ -111,6 +112,7 @@ def quantize_as(
         prepare: called with the model and its targets before the first weight changes, to refuse.
         needs: the statistics that `on_weight` wants.
     """
+    progress = progress and not quiet()
     if spec.skip:
         skip = _joined(skip, spec.skip)
     quantizers = list(spec.quantizers.values())
@@ -131,14 +133,13 @@ def quantize_as(
             raise BadOption(f"{', '.join(load_options)}: these are for loading from a path, and a model was given")
         model = _quantize_in_memory(model_or_path, spec, skip, target, progress, on_weight, prepare, data)
     elif isinstance(model_or_path, str | os.PathLike):
-        target = target or default_device()
         model = _quantize_path(
             os.fspath(model_or_path), spec, skip, target, progress, on_weight, prepare, data, load_options or {}
         )
     else:
         raise BadOption(f"give a torch module, a folder or a hub id, not a {type(model_or_path).__name__}")
     if progress:
-        print(audit(model).summary(), file=sys.stderr)
+        say(audit(model).summary())
     return model
 
 
@@ -311,7 +312,7 @@ def _quantize_path(
     path: str,
     spec: Spec,
     skip: Any,
-    device: torch.device,
+    device: torch.device | None,
     progress: bool,
     on_weight: OnWeight | None,
     prepare: Prepare | None,
@@ -324,6 +325,8 @@ def _quantize_path(
         stored = reader.name
     if stored and on_weight is not None:
         raise NeedsOriginal(f"{path} is quantized already ({stored}), and the init needs the float weights: load those")
+    if device is None:
+        device = place(spec.quantizers.values(), stored=bool(stored))
     if not stored:
         _check_calibration(spec, data)
     # statistics take a model that runs, and transformers quantizes nothing out of a file of blocks: it waits in host memory
@@ -373,40 +376,6 @@ def _same(found: Quantizer, asked: Quantizer | None) -> bool:
         return False
     a, b = code_options(found.to_dict()), code_options(asked.to_dict())
     return all(a[k] == b[k] or b[k] is None for k in a)
-
-
-def check_device(device: Any) -> torch.device | None:
-    """A `torch.device` that exists here, or None.
-
-    Raises:
-        UnsupportedDevice: it does not.
-    """
-    if device is None:
-        return None
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise UnsupportedDevice(f"{device!r} is no device: {error}".splitlines()[0]) from error
-    if device.type == "meta":
-        raise UnsupportedDevice("the meta device holds no values: nothing can be quantized there")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (count == 0 or (device.index or 0) >= count):
-        raise UnsupportedDevice(f"{device} was asked for, and this machine has {count} CUDA devices; try device='cpu'")
-    if device.type not in ("cpu", "cuda"):
-        try:
-            torch.empty(0, device=device)
-        except Exception as error:
-            raise UnsupportedDevice(f"{device} was asked for, and this machine has none; try device='cpu'") from error
-    return device
-
-
-def default_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
 
 
 @contextmanager

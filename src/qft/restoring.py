@@ -17,6 +17,7 @@ from torch import nn
 
 from qft import hf, marks
 from qft.backends.unquantized import is_float_linear
+from qft.devices import check_device, default_device, place
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
 from qft.experts import fused_weight
 from qft.guard import as_it_was, brief, rehearse_load
@@ -28,7 +29,7 @@ from qft.lora.tuners import check_method
 from qft.packed import TensorQuantizer
 from qft.pipeline import is_lora
 from qft.quantizer import Quantizer, code_options, float_weight
-from qft.quantizing import check_device, default_device, quantize_as
+from qft.quantizing import quantize_as
 from qft.registry import Spec, get_quantizer, quantizer_of
 from qft.saving import as_path, read_note
 from qft.starts import put_starts, read_starts
@@ -145,7 +146,8 @@ def _base_for(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any] 
     if base is None and note is not None and note["base_stored"]:
         if not (stored / "config.json").is_file():
             raise BadFolder(f"{stored} is no transformers checkpoint: pass base=, a module such as it was made from")
-        device = check_device(kwargs.pop("device", None)) or default_device()
+        quantizers = [get_quantizer(q) for q in note["quantizers"]]
+        device = check_device(kwargs.pop("device", None)) or place(quantizers, stored=True)
         model = load_quantized(str(stored), None, device, False, **kwargs)
         record = hf.adopt(model)
         record.fingerprint = note["fingerprint"]  # stored together: the same by construction
@@ -166,7 +168,8 @@ def _given_base(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any
         return base
     spec = _spec_of(note) if note is not None else None
     if spec is None:
-        return load_quantized(os.fspath(base), None, default_device(), False, **kwargs)
+        device = check_device(kwargs.pop("device", None)) or default_device()
+        return load_quantized(os.fspath(base), None, device, False, **kwargs)
     return quantize_as(os.fspath(base), spec, progress=False, device=kwargs.pop("device", None), load_options=kwargs)
 
 

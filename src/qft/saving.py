@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from qft import marks
@@ -50,6 +51,8 @@ def atomic_folder(folder: str | os.PathLike[str], *, drop: Sequence[str] = ()) -
         if isinstance(error, QftError):
             raise
         raise BadFolder(f"cannot write to {final}: {error.strerror or error}") from error
+    except SafetensorError as error:  # what the system refuses its writer, such as a full disk
+        raise BadFolder(f"cannot write to {final}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

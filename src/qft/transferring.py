@@ -21,15 +21,17 @@ from qft.activations import Group, collect
 from qft.backends.unquantized import Unquantized
 from qft.calibration import Calibration, batches
 from qft.carrying import Carried, TransferReport, carry
+from qft.devices import check_device
 from qft.errors import AdapterMismatch, BadOption, BadShape, NeedsOriginal, UnsupportedOperation
 from qft.guard import refused_by_peft
 from qft.loading import stored_quantization
 from qft.lora.layer import QftLinear
 from qft.lora.model import check_saved_modules
-from qft.quantizing import check_device, quantize_as
+from qft.quantizing import quantize_as
 from qft.registry import Spec, parse_spec
 from qft.restoring import check_adapter_files
 from qft.saving import as_path, read_note
+from qft.saying import quiet, say
 from qft.sourcing import adapted, check_source, loaded, original_of_folder, readable
 from qft.weights import Origin, float_twin, is_quantized, linear_weights
 
@@ -85,7 +87,7 @@ def transfer(
     if rank is not None and (type(rank) is not int or rank < 1):
         raise BadShape(f"the rank is a positive integer, not {rank!r}")
     target = check_device(device)
-    job = _Job(spec, rank, calibration, tokenizer, skip, target, progress, load_options)
+    job = _Job(spec, rank, calibration, tokenizer, skip, target, progress and not quiet(), load_options)
     if isinstance(original, nn.Module):
         if hasattr(original, "peft_config") or is_quantized(original):
             raise BadOption("original= is quantized or has adapters itself: give the float model, or its folder")
@@ -143,7 +145,7 @@ class _Job:
         marks.record_of(new).init = f"transfer from {report.source}"
         model.transfer_report = report
         if self.progress:
-            print(f"  {report}", file=sys.stderr)
+            say(f"  {report}")
         return model
 
     def new_base(self, old: nn.Module, original: Any, config: LoraConfig, read: list[Any] | None) -> nn.Module:

@@ -132,7 +132,7 @@ class TorchAO(Quantizer):
         return dataclasses.replace(self, group_size=size)
 
     def on_device(self, device: torch.device) -> Quantizer:
-        if self.format == "int4":
+        if self.format == "int4" and device.type != "mps":
             self.check_installed()
             packing, why = int4_packing(device.type)
             if packing is None:

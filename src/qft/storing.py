@@ -1,0 +1,329 @@
+"""From folder to folder: quantize a model and store it, merge an adapter and store what comes of it.
+
+Each takes `dry_run=True`, checks what can be checked without weights, and says what it would write and how large.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qft import marks
+from qft.audit import audit
+from qft.devices import check_device
+from qft.errors import BadFolder, BadOption, NeedsCalibration, UnsupportedOperation
+from qft.exporting import FORMATS, export
+from qft.loading import check_files, model_class, read_config, stored_quantization
+from qft.memory_model import weight_bytes
+from qft.merging import merge
+from qft.opening import check_path, is_adapter, open_model, read_texts, read_tokenizer, refuse_parent
+from qft.quantizer import as_float_dtype, float_weight
+from qft.quantizing import quantize
+from qft.registry import get_quantizer, parse_spec
+from qft.restoring import check_adapter_files
+from qft.saving import as_path, atomic_folder, read_note
+from qft.selection import select, settle, target_weights
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, or with `dry_run` would be.
+
+    Attributes:
+        nbytes: of all files; of the weights, estimated, in a dry run.
+        files: name → bytes; none in a dry run.
+        what: in a few words.
+        report: figures of what was done: an audit's, or a merge's.
+    """
+
+    folder: str
+    nbytes: int
+    what: str
+    dry_run: bool = False
+    files: dict[str, int] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def quantize_folder(
+    model: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    quantizer: Any = "nf4",
+    *,
+    calibration: str | os.PathLike[str] | None = None,
+    dtype: Any = "auto",
+    device: Any = None,
+    skip: Any = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> Written:
+    """Load a float model, quantize it, and store it with its tokenizer, as transformers (with qft installed) loads it.
+
+    Args:
+        model: its folder, or an id of the hub.
+        folder: to write; an existing one that is not empty only with `overwrite`.
+        calibration: a file of texts, as `qft.opening.read_texts` takes it.
+        (the others): as `qft.quantize` takes them.
+
+    Raises:
+        UnsupportedOperation: a quantizer whose models cannot be stored.
+        BadFolder: the paths, a full disk. What `qft.quantize` raises. Nothing was written.
+    """
+    source = check_path(model)
+    spec = parse_spec(quantizer)
+    chosen = [q for q in spec.quantizers.values() if q is not None]
+    for q in chosen:
+        if not q.capabilities.serializable:
+            raise UnsupportedOperation(f"{q!r} cannot be stored (capability serializable): quantize while loading")
+    if len(chosen) != 1:
+        raise UnsupportedOperation("a model with several quantizers has no format of its own yet: give one")
+    check_device(device)
+    if is_adapter(source):
+        raise BadOption(f"{source} holds an adapter: give its base model, or qft merge to merge the two")
+    if stored := stored_quantization(source, {}):
+        raise BadOption(f"{source} is quantized already ({stored}): give the float model")
+    tokenizer, texts = read_tokenizer(source), None
+    if calibration is not None:
+        texts = read_texts(calibration, tokenizer)
+        if tokenizer is None:
+            raise BadFolder(f"{source} holds no tokenizer that can be read, and the calibration data is texts")
+    elif chosen[0].capabilities.needs_calibration:
+        raise NeedsCalibration(f"{chosen[0]!r} needs calibration data: give a file of texts, --calibration data.jsonl")
+    if os.path.isdir(source):
+        check_files(Path(source))
+    nbytes = _quantized_size(source, spec, skip, dtype)
+    check_output(folder, overwrite, [source], nbytes)
+    what = f"{Path(source).name} in {chosen[0]!r}"
+    if dry_run:
+        return Written(os.fspath(folder), nbytes, what, True)
+    quantized = quantize(
+        source,
+        quantizer,
+        calibration=texts,
+        tokenizer=tokenizer if texts is not None else None,
+        skip=skip,
+        device=device,
+        progress=progress,
+        dtype=dtype,
+    )
+    figures = audit(quantized)
+    report = {key: getattr(figures, key) for key in ("bits_per_weight", "nbytes", "float_bytes")}
+    report |= {"layers": len(figures.weights), "left": figures.left}
+    _store(quantized, folder, tokenizer)
+    return _written(folder, what, report)
+
+
+def merge_folder(
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    into: str = "float",
+    dtype: Any = None,
+    original: str | None = None,
+    device: Any = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Written:
+    """Merge an adapter into its base, and store the plain model with its tokenizer.
+
+    Args:
+        adapter: its folder.
+        base: default what the adapter's own files name.
+        into: "float", as `qft.export` writes it, or "quantized", the base's own format.
+        dtype: of the floats.
+        original: folder of the float model: its weights are merged into, instead of the dequantized ones.
+
+    Raises:
+        BadFolder, BadOption: the paths and options. What `qft.load`, `qft.merge` and `qft.export` raise.
+    """
+    if into not in ("float", "quantized"):
+        raise BadOption(f"into={into!r}; it is 'float' or 'quantized'")
+    if into == "quantized" and dtype is not None:
+        raise BadOption("dtype is of floats, and the merge goes into the quantized weights: leave it out")
+    source = check_path(adapter, "an adapter")
+    if os.path.isdir(source) and (Path(source) / "config.json").is_file() and not is_adapter(source):
+        raise BadOption(f"{source} holds a model and no adapter: qft export writes its weights as floats")
+    return _from_adapter(
+        source, folder, base, into, "safetensors", dtype, original, device, overwrite, dry_run, "the merged model"
+    )
+
+
+def export_folder(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    format: str = "safetensors",
+    base: str | None = None,
+    dtype: Any = None,
+    original: str | None = None,
+    device: Any = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Written:
+    """Export an adapter merged into its base, or a quantized model, as floats: `qft.export` from folder to folder.
+
+    Raises:
+        BadFolder, BadOption: the paths and options. What `qft.load` and `qft.export` raise.
+    """
+    if format not in FORMATS:
+        raise BadOption(f"format={format!r} is not known; the formats are {', '.join(FORMATS)}")
+    source = check_path(source, "an adapter or of a quantized model")
+    return _from_adapter(
+        source, folder, base, "float", format, dtype, original, device, overwrite, dry_run, f"floats, as {format}"
+    )
+
+
+def _from_adapter(
+    source: str, folder: Any, base: str | None, into: str, format: str, dtype: Any, original: str | None, device: Any,
+    overwrite: bool, dry_run: bool, what: str,
+) -> Written:  # fmt: skip
+    wanted = None if dtype is None else as_float_dtype(dtype)
+    check_device(device)
+    for path in (base, original):
+        if path is not None:
+            check_path(path)
+    refuse_parent(source)
+    named = _base_of(source, base)
+    if named is None and dry_run:
+        raise BadFolder(f"{source} does not name its base model: give --base")
+    nbytes = 0 if named is None else _merged_size(source, named, into, wanted)
+    check_output(folder, overwrite, [p for p in (source, base, original) if p is not None], nbytes)
+    if dry_run:
+        return Written(os.fspath(folder), nbytes, what, True)
+    model = open_model(source, base, device=device)
+    tokenizer = read_tokenizer(source) or read_tokenizer(named)
+    if into == "float":
+        report = export(model, folder, dtype=dtype, original=original, format=format, tokenizer=tokenizer)
+        return _written(folder, what, _summary(report))
+    if not marks.base_model(model).hf_quantizer.is_serializable():
+        raise UnsupportedOperation("this quantized base has no format of its own: merge into float")
+    report = merge(model, original=original)
+    _store(model.unload(), folder, tokenizer)  # type: ignore[operator]
+    return _written(folder, what, _summary(report))
+
+
+def _summary(report: Any) -> dict[str, Any]:
+    found = {key: getattr(report, key) for key in ("route", "source", "survived", "relative_error", "recommendation")}
+    return {**found, "weights": len(report.weights)}
+
+
+def _store(model: nn.Module, folder: Any, tokenizer: Any) -> None:
+    """A quantized model and its tokenizer, under a temporary name until all of it is there."""
+    if not model.hf_quantizer.is_serializable():  # type: ignore[union-attr]
+        raise UnsupportedOperation("this quantized model has no format of its own, and cannot be stored")
+    with atomic_folder(folder, drop=WEIGHTS) as partial:
+        model.save_pretrained(partial)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def _written(folder: Any, what: str, report: dict[str, Any]) -> Written:
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return Written(os.fspath(folder), sum(files.values()), what, False, files, report)
+
+
+# ---- before anything is written ----------------------------------------------------------------------------
+
+
+def check_output(folder: Any, overwrite: bool, sources: list[str], nbytes: int = 0) -> None:
+    """Raise `BadFolder` where an output folder is somebody's, cannot be written, or has no room for `nbytes`."""
+    final = as_path(folder)
+    for source in sources:
+        if os.path.realpath(source) == os.path.realpath(final):
+            raise BadFolder(f"{final} is what is read: write to another folder")
+    try:
+        if final.exists() and not final.is_dir():
+            raise BadFolder(f"{final} is a file, and a folder is to be written there")
+        if final.is_dir() and any(final.iterdir()) and not overwrite:
+            raise BadFolder(f"{final} exists and is not empty: give another folder, or --overwrite")
+        if (final / "adapter_config.json").is_file():
+            raise BadFolder(f"{final} holds an adapter, which from_pretrained would put over the new weights")
+        above = next(p for p in [final.absolute(), *final.absolute().parents] if p.exists())
+        if not above.is_dir():
+            raise BadFolder(f"cannot write to {final}: {above} is a file")
+        # the new folder is made beside the old one, and takes its place
+        for place in {above, final.absolute().parent if final.is_dir() else above}:
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise BadFolder(f"cannot write to {final}: no permission in {place}")
+        free = shutil.disk_usage(above).free
+    except OSError as error:
+        if isinstance(error, BadFolder):
+            raise
+        raise BadFolder(f"cannot write to {final}: {error.strerror or error}") from error
+    if nbytes > free:
+        raise BadFolder(
+            f"cannot write to {final}: {nbytes / 2**30:.2f} GiB are needed, and {free / 2**30:.2f} GiB are free"
+        )
+
+
+def _empty(path: str) -> nn.Module:
+    """The float model of a folder's config, on "meta"."""
+    import transformers
+
+    from qft.checkpoints import _without_quantization
+
+    cls, config = model_class(path, {}), _without_quantization(read_config(path, {}))
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
+    except ValueError as error:
+        raise BadFolder(f"no model can be made of the config of {path}: {str(error).splitlines()[0]}") from error
+
+
+def _itemsize(path: str, dtype: Any) -> int:
+    if dtype is None or dtype == "auto":
+        dtype = getattr(read_config(path, {}), "dtype", None) or torch.float32
+    return as_float_dtype(dtype).itemsize
+
+
+def _quantized_size(path: str, spec: Any, skip: Any, dtype: Any) -> int:
+    """Bytes of a quantized model's files; raises what is wrong with the options over its shapes."""
+    model, itemsize = _empty(path), _itemsize(path, dtype)
+    selection = select(model, spec.quantizers, skip)
+    selection = settle(selection, target_weights(model, selection))
+    quantizers = {**selection.targets, **selection.stacks}
+    codes = sum(weight_bytes(quantizers[n], tuple(w.shape)) for n, w in target_weights(model, selection).items())
+    left = sum(p.numel() for p in model.parameters())
+    left -= sum(w.numel() for w in target_weights(model, selection).values())
+    return codes + left * itemsize
+
+
+def _base_of(source: str, base: str | None) -> str | None:
+    """The folder or id whose config is that of the merged model, or None where nothing names it."""
+    if base is not None or not is_adapter(source):
+        return base or source
+    check_adapter_files(Path(source))
+    if (Path(source) / "base" / "config.json").is_file():
+        return str(Path(source) / "base")
+    return json.loads((Path(source) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+
+
+def _merged_size(source: str, base: str, into: str, dtype: torch.dtype | None) -> int:
+    model, itemsize = _empty(check_path(base)), _itemsize(base, dtype)
+    total = sum(p.numel() for p in model.parameters()) * itemsize
+    note = read_note(source) if into == "quantized" else None
+    if into == "float" or note is None:
+        files = glob.glob(os.path.join(glob.escape(base), "*.safetensors")) if into == "quantized" else []
+        return sum(map(os.path.getsize, files)) or total
+    quantizers = [get_quantizer(q) for q in note["quantizers"]]
+    modules = dict(model.named_modules())
+    for name, i in note["layers"].items():
+        if name in modules:
+            weight = float_weight(modules[name])
+            total += weight_bytes(quantizers[i], tuple(weight.shape)) - weight.numel() * itemsize
+    return total
