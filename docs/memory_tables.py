@@ -84,4 +84,26 @@ def small() -> str:
     return f"{table}\n\n{_about('small_memory-cpu.json', found)}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"plans": plans, "context": context, "small": small}
+def seventy() -> str:
+    """A 70B shape, with and without streamed weights."""
+    found = _read("seventy-h100.json")
+    if found is None:
+        return _missing("python benchmarks/seventy.py --out benchmarks/results/seventy-h100.json")
+    head = ["tokens", "limit", "on the host", "peak, GiB", "plan, GiB", "host, GiB", "tokens/s"]
+    rows = [
+        [
+            f"1 × {r['sequence']}",
+            r["limit"],
+            f"{r['streamed_blocks']} of 80 blocks" if "streamed_blocks" in r else "–",
+            f"{r['peak_gib']:.2f}",
+            f"{r['plan_gib']:.2f}",
+            f"{r['streamed_gib']:.1f}" if "streamed_gib" in r else "–",
+            f"{r['tokens_per_second']:,.0f}",
+        ]
+        for r in found["runs"]
+        if "peak_gib" in r
+    ]
+    return f"{_table(head, rows)}\n\n{_about('seventy-h100.json', found)}"
+
+
+TABLES: dict[str, Callable[[], str]] = {"plans": plans, "context": context, "seventy": seventy, "small": small}
