@@ -38,7 +38,11 @@ def main() -> None:
     if options.child:
         child(options)
         return
-    done = subprocess.run([sys.executable, __file__, "--child", *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
+    # tensors in maps of their own, which go back to the system when they are freed: the heap keeps what lies under others
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", *sys.argv[1:]], stdout=subprocess.PIPE, text=True, env=env
+    )
     if done.returncode:
         sys.exit(f"not within {options.limit:g} GB: exit status {done.returncode}")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -70,7 +74,8 @@ def child(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     started = psutil.Process().memory_info().rss
     source, start = demo._find_model(None), time.perf_counter()
-    model = demo._load_model(source, torch.bfloat16, torch.device("cpu"))
+    dtype = demo._fastest_dtype(torch.device("cpu"))
+    model = demo._load_model(source, dtype, torch.device("cpu"))
     floats = sum(p.numel() * p.element_size() for p in model.parameters())
     adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = qft.quantize_and_wrap(model, "nf4", adapter=adapter, progress=False)
@@ -90,13 +95,14 @@ def child(options: argparse.Namespace) -> None:
         times.append(time.perf_counter() - begin)
     plan = qft.plan(
         model, "nf4", batch_size=options.batch, sequence_length=options.sequence, adapter=adapter, memory=kept(model),
-        device="cpu", dtype=torch.bfloat16,
+        device="cpu", dtype=dtype,
     )  # fmt: skip
     found: dict[str, Any] = {
         **smollm.about(),
         "model": demo.PACKAGED_MODEL,
         "quantizer": "nf4",
         "rank": 16,
+        "dtype": str(dtype).removeprefix("torch."),
         "batch": options.batch,
         "sequence": options.sequence,
         "threads": options.threads,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LATER = OUTSIDE // 4
 """What CUDA may still load beside what it has loaded already: kernels of a first step."""
 AUTO = frozenset({"cuda"})
-"""Devices that "auto" fills."""
+"""Devices that "auto" fills: their allocator says what tensors hold. On a CPU what was freed may stay the process's."""
 CPU = torch.device("cpu")
 _log = logging.getLogger("qft")
 
@@ -118,7 +118,7 @@ class Chooser:
             return self._give_up("its batches are no token ids or embeddings of (batch, sequence)")
         used, most = device_memory(device)
         known = self.known.get(size) or next((d for s, d in self.known.items() if d.all and size.within(s)), None)
-        if known is not None and used <= known.until:
+        if known is not None and (used <= known.until or device.type not in AUTO):
             return known.keeps
         try:
             self._measure(size)
