@@ -33,11 +33,11 @@ def run(*words, code=0, **options):
     return result
 
 
-def refused(*words, says, code=1):
-    """One line on stderr, nothing on stdout."""
+def refused(*words, says, code=1, late=False):
+    """One line on stderr, nothing on stdout. Where it comes `late`, progress is above it."""
     result = run(*words, code=code)
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.startswith("qft: error:")]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("qft: error:") or not late]
     assert len(lines) == 1, result.stderr
     for text in [says] if isinstance(says, str) else says:
         assert text in lines[0], lines[0]
@@ -331,9 +331,8 @@ def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    refused(
-        "quantize", folder, out, "--device", "cpu", "--overwrite", says=["cannot write to", "No space left on device"]
-    )
+    says = ["cannot write to", "No space left on device"]
+    refused("quantize", folder, out, "--device", "cpu", "--overwrite", says=says, late=True)
     assert listing(tmp_path) == {"q/notes.txt": b"mine"}
 
 
@@ -346,7 +345,7 @@ def test_a_real_full_disk(folder, tmp_path, monkeypatch):
         pytest.skip("mounting a tmpfs takes root")
     try:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, 2**40))
-        refused("quantize", folder, disk / "q", "--device", "cpu", says="cannot write to")
+        refused("quantize", folder, disk / "q", "--device", "cpu", says="cannot write to", late=True)
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -407,8 +406,7 @@ def test_merge_into_the_quantized_weights(adapter, tmp_path):
     assert report.recommendation in text
     assert qft.audit(loaded).bits_per_weight == pytest.approx(4.5)
     assert told["nbytes"] == pytest.approx((tmp_path / "m" / "model.safetensors").stat().st_size, rel=0.1)
-    again = qft.quantize_and_wrap(loaded, "reference", progress=False)  # and can be tuned once more
-    assert again.peft_config
+    assert qft.wrap(loaded).peft_config  # and can be tuned once more
 
 
 def test_merge_over_another_base_and_from_the_original(folder, adapter, tmp_path):
@@ -501,6 +499,20 @@ def test_doctor_exits_by_what_it_found(monkeypatch):
     monkeypatch.setattr(doctoring, "_disk", lambda found: 1 / 0)
     out = run("doctor", code=1).stdout
     assert out.startswith("1 problem\n  disk space cannot be looked at")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: qft.plan(str(folder), "reference", sequence_length=64), "at the peak"),
+        (lambda folder: qft.merging.MergeReport("quantized"), "of the update survived"),
+    ],
+)
+def test_cards(folder, make, says):
+    result = make(folder)
+    card = result._repr_html_()
+    assert says in card and card.count("<div") == card.count("</div>") and "<script" not in card
+    assert str(result).splitlines()[-1].strip()[:20] in card
 
 
 # ---- the temporary folder ----------------------------------------------------------------------------------

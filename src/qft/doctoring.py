@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import importlib.metadata
 import importlib.util
 import io
@@ -94,13 +93,11 @@ class Doctor:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        e = html.escape
-        problems = "".join(f"<li><b>{e(p.what)}</b><br>{e(p.do)}</li>" for p in self.problems)
-        parts = [f"<h4>{len(self.problems) or 'no'} problem{'s' * (len(self.problems) != 1)}</h4><ul>{problems}</ul>"]
-        for title, rows in self._sections():
-            body = "".join(f"<tr><td>{e(name)}</td><td>{e(text)}</td></tr>" for name, text in rows)
-            parts.append(f"<details><summary>{e(title)}</summary><table>{body}</table></details>")
-        return f'<div class="qft-doctor">{"".join(parts)}</div>'
+        from qft.html_card import html_card
+
+        works = sum(q["state"] in ("works", "ready") for q in self.quantizers.values())
+        tiles = [(str(len(self.problems)), "problems"), (self.device, "device"), (str(works), "quantizers ready")]
+        return html_card("qft.doctor", tiles, warnings=[f"{p.what} → {p.do}" for p in self.problems], details=str(self))
 
     def _sections(self) -> list[tuple[str, list[tuple[str, str]]]]:
         found = [(d["name"], _memory(d)) for d in self.devices]

@@ -122,7 +122,7 @@ def _check_adapters(base: nn.Module) -> None:
 
 def _write_folder(hollow: HollowModel, folder: Path, tokenizer: Any, max_shard_size: int | str) -> None:
     if isinstance(hollow.model, PreTrainedModel):
-        with _no_progress_bar():  # with no weights, transformers writes all that goes beside them
+        with no_progress_bar():  # with no weights, transformers writes all that goes beside them
             hollow.model.save_pretrained(folder, state_dict={})
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
@@ -140,7 +140,8 @@ def _write_folder(hollow: HollowModel, folder: Path, tokenizer: Any, max_shard_s
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Without transformers' own bars."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

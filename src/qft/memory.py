@@ -142,6 +142,17 @@ class Plan:
             lines.append(f"in host memory {self.host / GIB:.2f} GiB{self._on_host()}")
         return "\n".join([*lines, *([self.answer] if self.answer else [])])
 
+    def _repr_html_(self) -> str:
+        from qft.html_card import html_card
+
+        tiles = [
+            (f"{self.peak / GIB:.2f} GiB", f"at the peak ({self.moment})"),
+            (f"{self.needed / GIB:.2f} GiB", "a card must have"),
+            *([(f"{self.host / GIB:.2f} GiB", "in host memory")] if self.host else []),
+        ]
+        title, _, rest = str(self).partition("\n")
+        return html_card(title, tiles, lines=[self.answer] if self.answer else [], details=rest)
+
     def _on_host(self) -> str:
         what = ["optimizer states"] if self.optimizer.startswith("paged") else []
         what += ["inputs of recomputed blocks"] if "activations" in self.offload else []

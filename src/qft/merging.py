@@ -116,6 +116,13 @@ class MergeReport:
         lines += [f"  drift, {name}: {drift}" for name, drift in self.routes.items()]
         return "\n".join([*lines, f"  {self.recommendation}"])
 
+    def _repr_html_(self) -> str:
+        from qft.html_card import html_card
+
+        tiles = [(f"{self.survived:.1%}", "of the update survived"), (f"{self.relative_error:.2e}", "relative error")]
+        title, _, rest = str(self).partition("\n")
+        return html_card(title.partition(":")[0], tiles, lines=[self.recommendation], details=rest)
+
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 1.0

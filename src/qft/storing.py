@@ -5,32 +5,26 @@ Each takes `dry_run=True`, checks what can be checked without weights, and says 
 
 from __future__ import annotations
 
-import glob
-import json
 import os
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from qft import marks
 from qft.audit import audit
 from qft.devices import check_device
 from qft.errors import BadFolder, BadOption, NeedsCalibration, UnsupportedOperation
-from qft.exporting import FORMATS, export
-from qft.loading import check_files, model_class, read_config, stored_quantization
-from qft.memory_model import weight_bytes
+from qft.exporting import FORMATS, export, no_progress_bar
+from qft.loading import check_files, stored_quantization
 from qft.merging import merge
 from qft.opening import check_path, is_adapter, open_model, read_texts, read_tokenizer, refuse_parent
-from qft.quantizer import as_float_dtype, float_weight
+from qft.outputs import base_of, check_output, merged_size, quantized_size
+from qft.quantizer import as_float_dtype
 from qft.quantizing import quantize
-from qft.registry import get_quantizer, parse_spec
-from qft.restoring import check_adapter_files
-from qft.saving import as_path, atomic_folder, read_note
-from qft.selection import select, settle, target_weights
+from qft.registry import parse_spec
+from qft.saving import atomic_folder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 
@@ -105,7 +99,7 @@ def quantize_folder(
         raise NeedsCalibration(f"{chosen[0]!r} needs calibration data: give a file of texts, --calibration data.jsonl")
     if os.path.isdir(source):
         check_files(Path(source))
-    nbytes = _quantized_size(source, spec, skip, dtype)
+    nbytes = quantized_size(source, spec, skip, dtype)
     check_output(folder, overwrite, [source], nbytes)
     what = f"{Path(source).name} in {chosen[0]!r}"
     if dry_run:
@@ -198,10 +192,10 @@ def _from_adapter(
         if path is not None:
             check_path(path)
     refuse_parent(source)
-    named = _base_of(source, base)
+    named = base_of(source, base)
     if named is None and dry_run:
         raise BadFolder(f"{source} does not name its base model: give --base")
-    nbytes = 0 if named is None else _merged_size(source, named, into, wanted)
+    nbytes = 0 if named is None else merged_size(source, named, into, wanted)
     check_output(folder, overwrite, [p for p in (source, base, original) if p is not None], nbytes)
     if dry_run:
         return Written(os.fspath(folder), nbytes, what, True)
@@ -226,7 +220,7 @@ def _store(model: nn.Module, folder: Any, tokenizer: Any) -> None:
     """A quantized model and its tokenizer, under a temporary name until all of it is there."""
     if not model.hf_quantizer.is_serializable():  # type: ignore[union-attr]
         raise UnsupportedOperation("this quantized model has no format of its own, and cannot be stored")
-    with atomic_folder(folder, drop=WEIGHTS) as partial:
+    with atomic_folder(folder, drop=WEIGHTS) as partial, no_progress_bar():
         model.save_pretrained(partial)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -235,95 +229,3 @@ def _store(model: nn.Module, folder: Any, tokenizer: Any) -> None:
 def _written(folder: Any, what: str, report: dict[str, Any]) -> Written:
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(Path(folder).rglob("*")) if p.is_file()}
     return Written(os.fspath(folder), sum(files.values()), what, False, files, report)
-
-
-# ---- before anything is written ----------------------------------------------------------------------------
-
-
-def check_output(folder: Any, overwrite: bool, sources: list[str], nbytes: int = 0) -> None:
-    """Raise `BadFolder` where an output folder is somebody's, cannot be written, or has no room for `nbytes`."""
-    final = as_path(folder)
-    for source in sources:
-        if os.path.realpath(source) == os.path.realpath(final):
-            raise BadFolder(f"{final} is what is read: write to another folder")
-    try:
-        if final.exists() and not final.is_dir():
-            raise BadFolder(f"{final} is a file, and a folder is to be written there")
-        if final.is_dir() and any(final.iterdir()) and not overwrite:
-            raise BadFolder(f"{final} exists and is not empty: give another folder, or --overwrite")
-        if (final / "adapter_config.json").is_file():
-            raise BadFolder(f"{final} holds an adapter, which from_pretrained would put over the new weights")
-        above = next(p for p in [final.absolute(), *final.absolute().parents] if p.exists())
-        if not above.is_dir():
-            raise BadFolder(f"cannot write to {final}: {above} is a file")
-        # the new folder is made beside the old one, and takes its place
-        for place in {above, final.absolute().parent if final.is_dir() else above}:
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise BadFolder(f"cannot write to {final}: no permission in {place}")
-        free = shutil.disk_usage(above).free
-    except OSError as error:
-        if isinstance(error, BadFolder):
-            raise
-        raise BadFolder(f"cannot write to {final}: {error.strerror or error}") from error
-    if nbytes > free:
-        raise BadFolder(
-            f"cannot write to {final}: {nbytes / 2**30:.2f} GiB are needed, and {free / 2**30:.2f} GiB are free"
-        )
-
-
-def _empty(path: str) -> nn.Module:
-    """The float model of a folder's config, on "meta"."""
-    import transformers
-
-    from qft.checkpoints import _without_quantization
-
-    cls, config = model_class(path, {}), _without_quantization(read_config(path, {}))
-    try:
-        with torch.device("meta"):
-            return cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
-    except ValueError as error:
-        raise BadFolder(f"no model can be made of the config of {path}: {str(error).splitlines()[0]}") from error
-
-
-def _itemsize(path: str, dtype: Any) -> int:
-    if dtype is None or dtype == "auto":
-        dtype = getattr(read_config(path, {}), "dtype", None) or torch.float32
-    return as_float_dtype(dtype).itemsize
-
-
-def _quantized_size(path: str, spec: Any, skip: Any, dtype: Any) -> int:
-    """Bytes of a quantized model's files; raises what is wrong with the options over its shapes."""
-    model, itemsize = _empty(path), _itemsize(path, dtype)
-    selection = select(model, spec.quantizers, skip)
-    selection = settle(selection, target_weights(model, selection))
-    quantizers = {**selection.targets, **selection.stacks}
-    codes = sum(weight_bytes(quantizers[n], tuple(w.shape)) for n, w in target_weights(model, selection).items())
-    left = sum(p.numel() for p in model.parameters())
-    left -= sum(w.numel() for w in target_weights(model, selection).values())
-    return codes + left * itemsize
-
-
-def _base_of(source: str, base: str | None) -> str | None:
-    """The folder or id whose config is that of the merged model, or None where nothing names it."""
-    if base is not None or not is_adapter(source):
-        return base or source
-    check_adapter_files(Path(source))
-    if (Path(source) / "base" / "config.json").is_file():
-        return str(Path(source) / "base")
-    return json.loads((Path(source) / "adapter_config.json").read_text()).get("base_model_name_or_path")
-
-
-def _merged_size(source: str, base: str, into: str, dtype: torch.dtype | None) -> int:
-    model, itemsize = _empty(check_path(base)), _itemsize(base, dtype)
-    total = sum(p.numel() for p in model.parameters()) * itemsize
-    note = read_note(source) if into == "quantized" else None
-    if into == "float" or note is None:
-        files = glob.glob(os.path.join(glob.escape(base), "*.safetensors")) if into == "quantized" else []
-        return sum(map(os.path.getsize, files)) or total
-    quantizers = [get_quantizer(q) for q in note["quantizers"]]
-    modules = dict(model.named_modules())
-    for name, i in note["layers"].items():
-        if name in modules:
-            weight = float_weight(modules[name])
-            total += weight_bytes(quantizers[i], tuple(weight.shape)) - weight.numel() * itemsize
-    return total
