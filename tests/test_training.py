@@ -13,7 +13,19 @@ import pytest
 import torch
 from helpers import refuses
 from models import llama
-from tiny_training import CHATML, MARKED, SIZE, adapter_of, chats, quick, same, save_model, tokenizer, write_jsonl
+from tiny_training import (
+    CHATML,
+    MARKED,
+    SIZE,
+    adapter_of,
+    chats,
+    quick,
+    same,
+    save_model,
+    small_llama,
+    tokenizer,
+    write_jsonl,
+)
 
 import qft
 from qft.loss import IGNORE
@@ -200,7 +212,7 @@ def test_the_adapter_is_that_of_a_hand_written_loop(model, data, tmp_path):
         torch.nn.utils.clip_grad_norm_(trained, 0.05)
         optimizer.step()
         optimizer.zero_grad()
-        expected.append(float(loss))
+        expected.append(loss.item())
     assert losses(result) == pytest.approx(expected, rel=1e-5)
     qft.save(mine, tmp_path / "mine")
     found, wanted = adapter_of(tmp_path / "out" / "adapter"), adapter_of(tmp_path / "mine")
@@ -358,7 +370,9 @@ def vision(tmp_path):
         image_seq_length=4,
     )
     folder = tmp_path / "m"
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    made = LlavaForConditionalGeneration(config)
+    made.lm_head.weight.data.mul_(10)
+    made.save_pretrained(folder)
     side = {"height": 16, "width": 16}
     processor = LlavaProcessor(
         ImageProcessor(size=side, crop_size=side),
@@ -429,7 +443,7 @@ def test_a_stopped_run_goes_on_to_the_same_end_to_the_bit(model, data, tmp_path,
     assert same(adapter_of(out / "adapter"), adapter_of(folder / "adapter"))
     assert losses(result) == losses(expected) and result.evaluation == expected.evaluation
     assert [e.get("num_tokens") for e in result.history] == [e.get("num_tokens") for e in expected.history]
-    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"] or not broken.exists()
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-7", "checkpoint-8"]
 
 
 def test_a_run_stopped_after_its_last_step_only_saves(model, data, tmp_path, whole, monkeypatch):
@@ -470,7 +484,7 @@ def test_other_settings_or_data_are_refused_with_what_differs(model, data, whole
     other = write_jsonl(tmp_path / "other.jsonl", chats(13))
     with refuses(qft.BadOption, "training data is another"):
         qft.train(**{**call, "data_path": other})
-    again = save_model(tmp_path / "m", model=llama(seed=3, vocab_size=SIZE, hidden_size=32, intermediate_size=64))
+    again = save_model(tmp_path / "m", model=small_llama(seed=3))
     with refuses(qft.BadOption, "the model is another"):
         qft.train(**{**call, "model": again})
 

@@ -15,7 +15,7 @@ CHATML = (
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<pad>", "</s>", "<|im_start|>", "<|im_end|>", "<image>"]
@@ -35,13 +35,17 @@ def tokenizer(template=CHATML, **changes):
     return found
 
 
+def small_llama(seed=0):
+    """Its head is large enough for adapters below it to make a difference."""
+    model = llama(vocab_size=SIZE, hidden_size=32, intermediate_size=64, max_position_embeddings=256, seed=seed)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)
+    return model
+
+
 def save_model(folder, template=CHATML, model=None, **changes):
     """A folder with a small model and a tokenizer; its path as text."""
-    model = (
-        llama(vocab_size=SIZE, hidden_size=32, intermediate_size=64, max_position_embeddings=256)
-        if model is None
-        else model
-    )
+    model = small_llama() if model is None else model
     model.save_pretrained(folder)
     tokenizer(template, **changes).save_pretrained(folder)
     return str(folder)

@@ -143,10 +143,11 @@ def command(
 
 
 _FIELDS = (
-    "model data_path project_name task peft quantization lora_r lora_alpha lora_dropout target_modules init lr epochs "
-    "max_steps batch_size gradient_accumulation max_length optimizer scheduler warmup_ratio weight_decay max_grad_norm mixed_precision "
-    "use_flash_attention_2 merge_adapter packing chat_template train_split valid_split text_column prompt_column skip_bad_rows "
-    "logging_steps save_total_limit log seed device"
+    "model data_path project_name task peft quantization lora_r lora_alpha lora_dropout target_modules "
+    "init lr epochs max_steps batch_size gradient_accumulation max_length optimizer scheduler "
+    "warmup_ratio weight_decay max_grad_norm mixed_precision use_flash_attention_2 merge_adapter packing "
+    "chat_template train_split valid_split text_column prompt_column skip_bad_rows logging_steps "
+    "save_total_limit log seed device"
 ).split()
 
 

@@ -238,7 +238,7 @@ def near(key: str) -> str:
     found = [OTHER_NAMES[plain]] if plain in OTHER_NAMES else difflib.get_close_matches(plain, known, 3, 0.6)
     if not found:  # a typo in another tool's name
         found = [OTHER_NAMES[n] for n in difflib.get_close_matches(plain, OTHER_NAMES, 1, 0.75)]
-    return f"; did you mean {' or '.join(found)}?" if found else f"; the options are {', '.join(known)}"
+    return f"; did you mean {' or '.join(found)}?" if found else "; qft.TrainConfig has the list"
 
 
 _HINTS = typing.get_type_hints(TrainConfig)

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qft.errors import BadOption, MissingDependency, QftError
@@ -134,7 +135,7 @@ def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float) -
     set_seed(config.seed)  # of the adapter's start
     model = load_model(prepared)
     trainer = build_trainer(model, prepared, run)
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    _train(trainer, last)
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluation = {}
@@ -169,6 +170,17 @@ def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float) -
     run.write({**note, "state": "finished", "result": result.to_dict()})
     log.info("%s", result)
     return result
+
+
+def _train(trainer: Any, last: Path | None) -> None:
+    from transformers import TrainerState
+
+    state = None if last is None else TrainerState.load_from_json(str(last / "trainer_state.json"))
+    if state is not None and state.global_step >= state.max_steps:  # transformers would make a step more
+        trainer._load_from_checkpoint(str(last))
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
 def _save(model: Any, prepared: Prepared, run: RunFolder) -> str:
