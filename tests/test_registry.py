@@ -25,12 +25,15 @@ PUBLIC = {
     "prepare_model_for_kbit_training quantize quantize_and_wrap register_init register_quantizer save transfer unmerge",
     "unoptimize wrap",
     "doctor",
+    "train unoptimize wrap",
     # what they take and give
     "AQLM AWQ AdapterInit Audit AutoRound",
     "BitNet BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities CompressedTensors EETQ FP8 GGUF",
     "GPTQ HQQ INC InitReport LoftQ MXFP4 MergeReport OLoRA PackedLinear PackingCollator PiSSA Plan QERA QERAFull Quanto",
     "QuantizedWeight Quantizer QuantizerInfo Reference Statistics TensorQuantizer TorchAO TransferReport",
     "Doctor",
+    "QuantizedWeight Quantizer QuantizerInfo Reference Statistics TensorQuantizer TorchAO TrainConfig",
+    "TrainResult TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",
     "NoTargets NonFiniteWeights PartlyQuantized QftError QftWarning UnknownQuantizer UnsupportedDevice",

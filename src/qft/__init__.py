@@ -70,6 +70,8 @@ if _typing.TYPE_CHECKING:
     from qft.memory import Plan, plan
     from qft.optimizing import optimize_training, unoptimize
     from qft.packing import PackingCollator
+    from qft.training.config import TrainConfig
+    from qft.training.run import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -124,6 +126,8 @@ __all__ = [
     "Statistics",
     "TensorQuantizer",
     "TorchAO",
+    "TrainConfig",
+    "TrainResult",
     "TransferReport",
     "UnknownQuantizer",
     "UnsupportedDevice",
@@ -147,6 +151,7 @@ __all__ = [
     "register_quantizer",
     "save",
     "testing",
+    "train",
     "transfer",
     "unmerge",
     "unoptimize",
@@ -171,6 +176,8 @@ _LAZY = {
     "Plan": "qft.memory",
     "Reference": "qft.backends.reference",
     "TorchAO": "qft.backends.torchao",
+    "TrainConfig": "qft.training.config",
+    "TrainResult": "qft.training.run",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
     "Doctor": "qft.doctoring",
@@ -178,6 +185,7 @@ _LAZY = {
     "optimize_training": "qft.optimizing",
     "plan": "qft.memory",
     "testing": "qft.testing",
+    "train": "qft.training.run",
     "unoptimize": "qft.optimizing",
 }
 
