@@ -66,6 +66,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
+    from qft.evaluation import Evaluation, evaluate
     from qft.memory import Plan, plan
     from qft.optimizing import optimize_training, unoptimize
     from qft.packing import PackingCollator
@@ -97,6 +98,7 @@ __all__ = [
     "Calibration",
     "Capabilities",
     "CompressedTensors",
+    "Evaluation",
     "InitReport",
     "LoftQ",
     "MergeReport",
@@ -130,6 +132,7 @@ __all__ = [
     "available_quantizers",
     "capabilities",
     "errors",
+    "evaluate",
     "export",
     "get_quantizer",
     "load",
@@ -157,6 +160,7 @@ _LAZY = {
     "BitNet": "qft.backends.bitnet",
     "CompressedTensors": "qft.backends.compressed_tensors",
     "EETQ": "qft.backends.eetq",
+    "Evaluation": "qft.evaluation",
     "FP8": "qft.backends.fp8",
     "GGUF": "qft.backends.gguf",
     "GPTQ": "qft.backends.gptq",
@@ -170,6 +174,7 @@ _LAZY = {
     "TorchAO": "qft.backends.torchao",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
+    "evaluate": "qft.evaluation",
     "optimize_training": "qft.optimizing",
     "plan": "qft.memory",
     "testing": "qft.testing",
