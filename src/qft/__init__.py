@@ -67,6 +67,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
     from qft.doctoring import Doctor, doctor
+    from qft.evaluation import Evaluation, evaluate
     from qft.memory import Plan, plan
     from qft.optimizing import optimize_training, unoptimize
     from qft.packing import PackingCollator
@@ -101,6 +102,7 @@ __all__ = [
     "Capabilities",
     "CompressedTensors",
     "Doctor",
+    "Evaluation",
     "InitReport",
     "LoftQ",
     "MergeReport",
@@ -137,6 +139,7 @@ __all__ = [
     "capabilities",
     "doctor",
     "errors",
+    "evaluate",
     "export",
     "get_quantizer",
     "load",
@@ -165,6 +168,7 @@ _LAZY = {
     "BitNet": "qft.backends.bitnet",
     "CompressedTensors": "qft.backends.compressed_tensors",
     "EETQ": "qft.backends.eetq",
+    "Evaluation": "qft.evaluation",
     "FP8": "qft.backends.fp8",
     "GGUF": "qft.backends.gguf",
     "GPTQ": "qft.backends.gptq",
@@ -182,6 +186,7 @@ _LAZY = {
     "BitsAndBytes8bit": "qft.backends.bnb",
     "Doctor": "qft.doctoring",
     "doctor": "qft.doctoring",
+    "evaluate": "qft.evaluation",
     "optimize_training": "qft.optimizing",
     "plan": "qft.memory",
     "testing": "qft.testing",
