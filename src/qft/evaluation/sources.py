@@ -16,7 +16,7 @@ from qft import hf, marks
 from qft.errors import AdapterMismatch, BadFolder, BadOption, NeedsOriginal, QftError
 from qft.loading import load_quantized
 from qft.originals import Originals
-from qft.quantizing import check_device, default_device
+from qft.devices import check_device, default_device
 from qft.restoring import _strict_load, load
 from qft.saving import read_note
 from qft.sourcing import readable

@@ -212,7 +212,7 @@ def has_tensorboard() -> bool:
 
 
 def _device(config: TrainConfig) -> torch.device:
-    from qft.quantizing import check_device, default_device
+    from qft.devices import check_device, default_device
 
     return default_device() if config.device == "auto" else check_device(config.device) or default_device()
 
