@@ -23,13 +23,13 @@ PUBLIC = {
     # verbs
     "audit available_quantizers capabilities evaluate export get_quantizer load merge merge_to_float optimize_training plan",
     "prepare_model_for_kbit_training quantize quantize_and_wrap register_init register_quantizer save transfer unmerge",
-    "doctor train unoptimize wrap",
+    "auto doctor train unoptimize wrap",
     # what they take and give
     "AQLM AWQ AdapterInit Audit AutoRound",
     "BitNet BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities CompressedTensors EETQ Evaluation FP8 GGUF",
     "GPTQ HQQ INC InitReport LoftQ MXFP4 MergeReport OLoRA PackedLinear PackingCollator PiSSA Plan QERA QERAFull Quanto",
     "Doctor QuantizedWeight Quantizer QuantizerInfo Reference Statistics TensorQuantizer TorchAO TrainConfig",
-    "TrainResult TransferReport",
+    "AutoResult TrainResult TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",
     "NoTargets NonFiniteWeights PartlyQuantized QftError QftWarning UnknownQuantizer UnsupportedDevice",

@@ -50,6 +50,7 @@ from qft.transferring import transfer
 
 if _typing.TYPE_CHECKING:
     from qft import testing
+    from qft.autopilot import AutoResult, auto
     from qft.backends.aqlm import AQLM
     from qft.backends.auto_round import AutoRound
     from qft.backends.awq import AWQ
@@ -91,6 +92,7 @@ __all__ = [
     "AdapterMismatch",
     "AlreadyQuantized",
     "Audit",
+    "AutoResult",
     "AutoRound",
     "BadFolder",
     "BadOption",
@@ -135,6 +137,7 @@ __all__ = [
     "UnsupportedDevice",
     "UnsupportedOperation",
     "audit",
+    "auto",
     "available_quantizers",
     "capabilities",
     "doctor",
@@ -164,6 +167,7 @@ __all__ = [
 _LAZY = {
     "AQLM": "qft.backends.aqlm",
     "AWQ": "qft.backends.awq",
+    "AutoResult": "qft.autopilot",
     "AutoRound": "qft.backends.auto_round",
     "BitNet": "qft.backends.bitnet",
     "CompressedTensors": "qft.backends.compressed_tensors",
@@ -185,6 +189,7 @@ _LAZY = {
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
     "Doctor": "qft.doctoring",
+    "auto": "qft.autopilot",
     "doctor": "qft.doctoring",
     "evaluate": "qft.evaluation",
     "optimize_training": "qft.optimizing",
