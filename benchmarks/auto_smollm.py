@@ -32,7 +32,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         data, folder = Path(place, "instructions.jsonl"), Path(place, "tuned")
         subprocess.run([sys.executable, HERE.parent / "examples" / "make_instructions.py", data], check=True)
-        words = ["auto", "smollm2", data, "--memory", options.memory, "--out", folder, "--time-limit", options.time_limit]
+        words = [
+            "auto",
+            "smollm2",
+            data,
+            "--memory",
+            options.memory,
+            "--out",
+            folder,
+            "--time-limit",
+            options.time_limit,
+        ]
         words += ["--quantizer", options.quantizer] if options.quantizer else []
         command = [sys.executable, "-m", "qft_cli", *map(str, words), "--device", "cpu", "--json"]
         load, start = os.getloadavg()[0], time.perf_counter()

@@ -22,6 +22,12 @@ UNITS = {
     ("gibibytes", "mebibytes"): 1024,
     ("centuries", "years"): 100,
 }
+TOPICS = {
+    "simple statements": ["assert", "del", "return", "yield", "raise", "break", "continue", "import", "global", "nonlocal"],
+    "compound statements": ["if", "while", "for", "try", "with", "match", "def", "class", "async def"],
+    "built-in functions": ["abs", "enumerate", "filter", "isinstance", "len", "map", "sorted", "sum", "zip"],
+    "built-in exceptions": ["KeyError", "IndexError", "TypeError", "ValueError", "StopIteration", "OSError"],
+}  # fmt: skip
 OPERATIONS = {
     "plus": lambda a, b: a + b,
     "minus": lambda a, b: a - b,
@@ -55,14 +61,6 @@ def rows(count: int = 200, seed: int = 0) -> list[dict]:
     made = [chat(question, answer) for question, answer in found.items()]
     draw.shuffle(made)
     return made
-
-
-TOPICS = {
-    "simple statements": ["assert", "del", "return", "yield", "raise", "break", "continue", "import", "global", "nonlocal"],
-    "compound statements": ["if", "while", "for", "try", "with", "match", "def", "class", "async def"],
-    "built-in functions": ["abs", "enumerate", "filter", "isinstance", "len", "map", "sorted", "sum", "zip"],
-    "built-in exceptions": ["KeyError", "IndexError", "TypeError", "ValueError", "StopIteration", "OSError"],
-}  # fmt: skip
 
 
 if __name__ == "__main__":

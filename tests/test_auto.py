@@ -62,7 +62,9 @@ def test_each_decision_has_a_value_and_a_sentence_and_a_dry_run_writes_nothing(m
         "memory", "held-out rows", "rank", "quantizer", "init", "sequence length", "batch", "recompute", "learning rate",
         "steps",
     ]  # fmt: skip
-    assert all(d.value and d.reason.endswith(".") and d.reason[0].isupper() or d.reason[0].isdigit() for d in found.values())
+    assert all(
+        (d.value and d.reason.endswith(".") and d.reason[0].isupper()) or d.reason[0].isdigit() for d in found.values()
+    )
     assert found["memory"].value == "4.00 GiB" and found["held-out rows"].value == "4"
     assert (found["quantizer"].value, found["init"].value, found["recompute"].value) == ("int8", "zero", "nothing")
     assert found["sequence length"].value == "54 tokens" and "nothing is cut" in found["sequence length"].reason

@@ -77,7 +77,9 @@ def limit_of(memory: int | str | None, device: Any) -> tuple[int, Decision]:
     asked = memory_of(memory)
     if asked > there:
         return there, Decision(
-            "memory", gib(there), f"{gib(asked)} were given, and only so much of {where} is free now: the lesser counts."
+            "memory",
+            gib(there),
+            f"{gib(asked)} were given, and only so much of {where} is free now: the lesser counts.",
         )
     return asked, Decision("memory", gib(asked), f"It was given, and {where} has {gib(there)} free.")
 
@@ -326,7 +328,9 @@ def _length(length: int, lengths: Sequence[int]) -> Decision:
     cut = sum(n > length for n in lengths)
     middle = lengths[len(lengths) // 2]
     if cut:
-        reason = f"Longer sequences do not fit the memory: {cut:,} of {len(lengths):,} rows are cut (median {middle:,})."
+        reason = (
+            f"Longer sequences do not fit the memory: {cut:,} of {len(lengths):,} rows are cut (median {middle:,})."
+        )
     else:
         reason = f"The longest row has {length:,} tokens, the median one {middle:,}: nothing is cut."
     return Decision("sequence length", f"{length:,} tokens", reason)
@@ -336,7 +340,9 @@ def _why_batch(found: _Fit, wanted: int, accumulation: int, prepared: Prepared) 
     if accumulation == 1:
         return "all of them fit at once"
     if found.batch * found.length >= _enough(prepared):
-        return f"{found.batch} at once keep the device busy, and gradients of {accumulation} such batches are accumulated"
+        return (
+            f"{found.batch} at once keep the device busy, and gradients of {accumulation} such batches are accumulated"
+        )
     return f"{found.batch} at once is what fits, and gradients of {accumulation} such batches are accumulated"
 
 

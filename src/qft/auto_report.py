@@ -32,7 +32,9 @@ def write_report(result: AutoResult, evaluation: Any, path: Path) -> None:
 
 def page(result: AutoResult, evaluation: Any = None) -> Report:
     """Decisions with their reasons, loss curve, perplexity, drift, bytes, seconds, versions."""
-    report = Report(f"qft auto: {Path(result.model).name}", f"tuned on {Path(result.data).name}, {result.steps:,} steps")
+    report = Report(
+        f"qft auto: {Path(result.model).name}", f"tuned on {Path(result.data).name}, {result.steps:,} steps"
+    )
     tiles: dict[str, Any] = {f"perplexity, {k}": f"{v:.3f}" for k, v in result.perplexity.items()}
     if "merging" in result.drift:
         tiles["same first choice after the merge"] = f"{result.drift['merging']['agreement']:.2%}"
@@ -55,7 +57,9 @@ def page(result: AutoResult, evaluation: Any = None) -> Report:
     )
     report.table([(STAGES[k], v) for k, v in result.perplexity.items()], ("", "perplexity"))
     if result.drift:
-        report.section("Drift", "How far predictions on the held-out rows moved. The merge should move them next to not at all.")
+        report.section(
+            "Drift", "How far predictions on the held-out rows moved. The merge should move them next to not at all."
+        )
         report.table(
             [(DRIFTS[k], d["kl"], d["mse"], f"{d['agreement']:.2%}") for k, d in result.drift.items()],
             ("", "KL, nats per token", "mean squared difference of logits", "same first choice"),

@@ -130,8 +130,8 @@ def auto(
         UnsupportedOperation: a model or data that is not causal language modelling: `qft.train` does those.
         QftError: what `qft.plan`, `qft.train` and `qft.evaluate` refuse.
     """
-    from qft.training.run import _check_writable, _need_trl
     from qft.training.folder import RunFolder
+    from qft.training.run import _check_writable, _need_trl
     from qft.training.trainers import quiet
 
     start = time.perf_counter()
@@ -348,4 +348,6 @@ def _steps_before(choice: Choice, asked: dict[str, Any]) -> Decision:
     reason = f"{choice.epochs} epochs suit data of this size"
     if asked["time_limit"] is not None:
         reason += "; a few steps are measured first, and fewer are made where the time limit asks for it"
-    return Decision("steps", f"at most {choice.wanted_steps:,}" if asked["time_limit"] else f"{choice.wanted_steps:,}", reason + ".")
+    return Decision(
+        "steps", f"at most {choice.wanted_steps:,}" if asked["time_limit"] else f"{choice.wanted_steps:,}", reason + "."
+    )

