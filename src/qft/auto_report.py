@@ -57,9 +57,7 @@ def page(result: AutoResult, evaluation: Any = None) -> Report:
     )
     report.table([(STAGES[k], v) for k, v in result.perplexity.items()], ("", "perplexity"))
     if result.drift:
-        report.section(
-            "Drift", "How far predictions on the held-out rows moved. The merge should move them next to not at all."
-        )
+        report.section("Drift", "How far predictions on the held-out rows moved. A merge should hardly move them.")
         report.table(
             [(DRIFTS[k], d["kl"], d["mse"], f"{d['agreement']:.2%}") for k, d in result.drift.items()],
             ("", "KL, nats per token", "mean squared difference of logits", "same first choice"),

@@ -60,8 +60,8 @@ def measure_steps(
         steps = max(1, min(wanted, int(left / step)))
         if steps < wanted:
             reason = (
-                f"{wanted:,} would make {choice.epochs} epochs; a step takes {step:.2g} s as measured, and the time limit leaves "
-                f"{left:.0f} s for training"
+                f"{wanted:,} would make {choice.epochs} epochs; a step takes {step:.2g} s as measured, and the time limit "
+                f"leaves {left:.0f} s for training"
             )
     decisions = [*decisions, Decision("steps", f"{steps:,}", reason + ".")]
     config = config.replace(max_steps=steps, logging_steps=max(1, steps // 50))

@@ -345,9 +345,8 @@ def _parameters(config: Any) -> int:
 def _steps_before(choice: Choice, asked: dict[str, Any]) -> Decision:
     if asked["steps"] is not None:
         return Decision("steps", f"{asked['steps']:,}", "They were given.")
-    reason = f"{choice.epochs} epochs suit data of this size"
+    value, reason = f"{choice.wanted_steps:,}", f"{choice.epochs} epochs suit data of this size"
     if asked["time_limit"] is not None:
+        value = f"at most {value}"
         reason += "; a few steps are measured first, and fewer are made where the time limit asks for it"
-    return Decision(
-        "steps", f"at most {choice.wanted_steps:,}" if asked["time_limit"] else f"{choice.wanted_steps:,}", reason + "."
-    )
+    return Decision("steps", value, reason + ".")
