@@ -71,6 +71,7 @@ def test_each_decision_has_a_value_and_a_sentence_and_a_dry_run_writes_nothing(m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_less_memory_takes_fewer_bits_then_recomputes_then_is_refused(large, data, tmp_path, roomy):
     out = {"out": tmp_path / "out", "memory": "200GiB"}
     ample = decided(large, data, **out)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qft.auto_reasons import (
+    Decision,
+    Fit,
+    enough_tokens,
+    gib,
+    init_for,
+    length_for,
+    rank_for,
+    rate_for,
+    recomputes,
+    wanted_rows,
+    why_batch,
+    why_quantizer,
+)
 from qft.errors import BadOption
-from qft.memory import GIB, Plan, memory_of, needed
+from qft.memory import Plan, memory_of, needed
 
 if TYPE_CHECKING:
     from qft.memory_moments import Estimate
@@ -18,17 +31,6 @@ if TYPE_CHECKING:
 QUANTIZERS = ("int8", "nf4", "nf4:double_quant=true")
 """By bits a weight: 8, 4.5, 4.13. Fewer bits lose more than a fine-tune wins back; see docs/how_to_start.md."""
 MOST_HELD_OUT = 200
-ENOUGH_TOKENS = {"cpu": 512}
-"""Tokens of a micro-batch beyond which a larger one is no faster: a CPU is busy with few; see also `_enough`."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One thing that was decided: its name, its value as text, and a sentence that says why."""
-
-    name: str
-    value: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,17 @@ def choose(
     """
     lengths = sorted(len(row["input_ids"]) for row in prepared.train.rows)
     decisions: list[Decision] = []
-    r, why = _rank(rank, prepared.train.counts.learnt)
+    r, why = rank_for(rank, prepared.train.counts.learnt)
     decisions.append(Decision("rank", f"r={r}, alpha={2 * r}", why))
-    wanted, why_rows = _rows_a_step(len(lengths))
+    wanted, why_rows = wanted_rows(len(lengths))
     on_cpu = prepared.device.type == "cpu"
     named = [quantizer] if quantizer is not None else list(QUANTIZERS)
     tried: list[str] = []
-    found: _Fit | None = None
+    found: Fit | None = None
     full = lengths[-1]
     for name in named:
         estimate = _estimate(prepared, name, r)
-        fit = _fit(estimate, name, full, wanted, limit, _enough(prepared))
+        fit = _fit(estimate, name, full, wanted, limit, enough_tokens(prepared))
         last = name == named[-1]
         if fit is None:
             least = estimate.plan(1, full, "least").needed
@@ -139,7 +141,7 @@ def choose(
             found = fit
             break
         if last and fit is None:
-            found = _shortened(estimate, name, lengths, wanted, limit, _enough(prepared))
+            found = _shortened(estimate, name, lengths, wanted, limit, enough_tokens(prepared))
             if found is None:
                 short = estimate.plan(1, min(128, full), "least").needed
                 raise BadOption(
@@ -147,20 +149,20 @@ def choose(
                     f"of {min(128, full)} tokens; give more memory, or a smaller model"
                 )
     assert found is not None
-    decisions.append(Decision("quantizer", found.name, _why_quantizer(found, quantizer, tried, limit)))
-    start = _init(found.name, init)
+    decisions.append(Decision("quantizer", found.name, why_quantizer(found, quantizer, tried, limit)))
+    start = init_for(found.name, init)
     decisions.append(start)
-    decisions.append(_length(found.length, lengths))
+    decisions.append(length_for(found.length, lengths))
     accumulation = -(-wanted // found.batch)
     decisions.append(
         Decision(
             "batch",
             f"{found.batch} × {accumulation} = {found.batch * accumulation} rows a step",
-            f"{why_rows}; {_why_batch(found, wanted, accumulation, prepared)}.",
+            f"{why_rows}; {why_batch(found, wanted, accumulation, prepared)}.",
         )
     )
-    decisions.append(_recompute(found, limit))
-    lr, why = _rate(parameters)
+    decisions.append(recomputes(found, limit))
+    lr, why = rate_for(parameters)
     decisions.append(Decision("learning rate", f"{lr:g}, cosine", why))
     rows_a_step = found.batch * accumulation
     epochs = 3 if len(lengths) < 1000 else 2 if len(lengths) < 10_000 else 1
@@ -192,15 +194,6 @@ def choose(
 # ---- what fits -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Fit:
-    name: str
-    length: int
-    batch: int
-    recompute: bool
-    plan: Plan
-
-
 def _estimate(prepared: Prepared, quantizer: str, rank: int) -> Estimate:
     import os
 
@@ -222,13 +215,10 @@ def _estimate(prepared: Prepared, quantizer: str, rank: int) -> Estimate:
     )
 
 
-def _enough(prepared: Prepared) -> int:
-    """Tokens of a micro-batch beyond which a larger one is hardly faster."""
-    return ENOUGH_TOKENS.get(prepared.device.type, 4096)
-
-
-def _fit(estimate: Estimate, name: str, length: int, rows: int, limit: int, enough: int) -> _Fit | None:
+def _fit(estimate: Estimate, name: str, length: int, rows: int, limit: int, enough: int) -> Fit | None:
     """The largest micro-batch that fits, up to `enough` tokens; without recomputing where that is large enough."""
+    if estimate.plan(1, length, "least").needed > limit:
+        return None
     sizes = [b for b in _powers(rows) if b == 1 or b // 2 * length < enough]
 
     def largest(memory: str) -> tuple[int, Plan] | None:
@@ -240,15 +230,15 @@ def _fit(estimate: Estimate, name: str, length: int, rows: int, limit: int, enou
 
     kept = largest("most")
     if kept is not None and (kept[0] == sizes[-1] or kept[0] * length >= enough):
-        return _Fit(name, length, kept[0], False, kept[1])
+        return Fit(name, length, kept[0], False, kept[1])
     again = largest("least")
     if again is None:
         return None
     if estimate.fast and estimate.on_gpu:  # optimize_training keeps what there is room for
-        return _Fit(name, length, again[0], True, _widened(estimate, again[0], length, limit))
+        return Fit(name, length, again[0], True, _widened(estimate, again[0], length, limit))
     if kept is not None and 2 * kept[0] >= again[0]:  # recomputing costs more than batches half as large
-        return _Fit(name, length, kept[0], False, kept[1])
-    return _Fit(name, length, again[0], True, again[1])
+        return Fit(name, length, kept[0], False, kept[1])
+    return Fit(name, length, again[0], True, again[1])
 
 
 def _widened(estimate: Estimate, batch: int, length: int, limit: int) -> Plan:
@@ -257,9 +247,7 @@ def _widened(estimate: Estimate, batch: int, length: int, limit: int) -> Plan:
     return widest(estimate, batch, length, limit, gib(limit))
 
 
-def _shortened(
-    estimate: Estimate, name: str, lengths: Sequence[int], rows: int, limit: int, enough: int
-) -> _Fit | None:
+def _shortened(estimate: Estimate, name: str, lengths: Sequence[int], rows: int, limit: int, enough: int) -> Fit | None:
     """The longest cut of the rows that fits: what 99 % of them need, then halves of that, down to 128 tokens."""
     length = _quantile(lengths, 0.99)
     while True:
@@ -275,107 +263,3 @@ def _powers(most: int) -> list[int]:
 
 def _quantile(lengths: Sequence[int], share: float) -> int:
     return lengths[min(len(lengths) - 1, int(len(lengths) * share))]
-
-
-# ---- the sentences ---------------------------------------------------------------------------------------
-
-
-def _rank(asked: int | None, learnt: int) -> tuple[int, str]:
-    if asked is not None:
-        return asked, "It was given; alpha is twice the rank, so that the scaling does not depend on it."
-    for rank, below in ((8, 20_000), (16, 5_000_000)):
-        if learnt < below:
-            return rank, (
-                f"The data has {learnt:,} tokens to learn, below {below:,}: a higher rank would only fit their accidents; "
-                "alpha is twice the rank."
-            )
-    return 32, f"The data has {learnt:,} tokens to learn, enough for a higher rank than 16; alpha is twice the rank."
-
-
-def _rows_a_step(rows: int) -> tuple[int, str]:
-    """A power of two from 4 to 32 that leaves at least 25 steps an epoch, where there are so many rows."""
-    found = min(32, max(4, 2 ** max(0, (rows // 25).bit_length() - 1)))
-    return min(found, 2 ** (rows.bit_length() - 1)), (
-        f"{rows:,} rows make {-(-rows // found):,} steps an epoch with {found} rows each, few enough rows for many steps"
-    )
-
-
-def _why_quantizer(found: _Fit, asked: str | None, tried: list[str], limit: int) -> str:
-    size = f"{gib(found.plan.needed)} of {gib(limit)}"
-    if asked is not None:
-        return f"It was given; the training step takes {size}."
-    if found.name == "int8":
-        return f"It loses the least, and the training step fits: {size}, with no need to recompute."
-    return f"{'; '.join(tried)}; {found.name} fits with {size}."
-
-
-def _init(quantizer: str, asked: str | None) -> Decision:
-    if asked is not None:
-        return Decision("init", asked, "It was given.")
-    if re.search(r"int8|bits=8|fp8", quantizer):
-        return Decision(
-            "init", "zero", "8 bits lose next to nothing, so there is nothing for a better start to win back."
-        )
-    return Decision(
-        "init",
-        "qera",
-        "Adapters that start as the weighted fit of what the quantizer lost win most of it back before any training, and "
-        "training rows serve as its calibration.",
-    )
-
-
-def _length(length: int, lengths: Sequence[int]) -> Decision:
-    cut = sum(n > length for n in lengths)
-    middle = lengths[len(lengths) // 2]
-    if cut:
-        reason = (
-            f"Longer sequences do not fit the memory: {cut:,} of {len(lengths):,} rows are cut (median {middle:,})."
-        )
-    else:
-        reason = f"The longest row has {length:,} tokens, the median one {middle:,}: nothing is cut."
-    return Decision("sequence length", f"{length:,} tokens", reason)
-
-
-def _why_batch(found: _Fit, wanted: int, accumulation: int, prepared: Prepared) -> str:
-    if accumulation == 1:
-        return "all of them fit at once"
-    if found.batch * found.length >= _enough(prepared):
-        return (
-            f"{found.batch} at once keep the device busy, and gradients of {accumulation} such batches are accumulated"
-        )
-    return f"{found.batch} at once is what fits, and gradients of {accumulation} such batches are accumulated"
-
-
-def _recompute(found: _Fit, limit: int) -> Decision:
-    plan, step = found.plan, f"{gib(found.plan.needed)} of {gib(limit)}"
-    if not found.recompute or plan.kept == plan.blocks:
-        return Decision("recompute", "nothing", f"All activations fit: the step takes {step}.")
-    if plan.kept:
-        return Decision(
-            "recompute",
-            f"{plan.blocks - plan.kept} of {plan.blocks} blocks",
-            f"The fewest that have to be, so that the step takes {step}.",
-        )
-    return Decision(
-        "recompute", "all blocks", f"Their activations do not fit otherwise: with recomputing, the step takes {step}."
-    )
-
-
-def _rate(parameters: int) -> tuple[float, str]:
-    for rate, below, text in ((1e-3, 0.5e9, "0.5 billion"), (5e-4, 2e9, "2 billion")):
-        if parameters < below:
-            return rate, f"The model has {count(parameters)} parameters, below {text}: small models take larger steps."
-    return 2e-4, f"The model has {count(parameters)} parameters: the rate that QLoRA uses for models of such sizes."
-
-
-def count(number: int) -> str:
-    """Such as "135 million"."""
-    for size, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if number >= size:
-            return f"{number / size:.3g} {name}"
-    return str(number)
-
-
-def gib(nbytes: int) -> str:
-    """Bytes in GiB, with two decimals."""
-    return f"{nbytes / GIB:.2f} GiB"

