@@ -21,16 +21,15 @@ from qft.registry import parse_spec
 
 PUBLIC = {
     # verbs
-    "audit available_quantizers capabilities export get_quantizer load merge merge_to_float optimize_training plan",
+    "audit available_quantizers capabilities evaluate export get_quantizer load merge merge_to_float optimize_training plan",
     "prepare_model_for_kbit_training quantize quantize_and_wrap register_init register_quantizer save transfer unmerge",
-    "unoptimize wrap",
-    "doctor",
+    "auto doctor train unoptimize wrap",
     # what they take and give
     "AQLM AWQ AdapterInit Audit AutoRound",
-    "BitNet BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities CompressedTensors EETQ FP8 GGUF",
+    "BitNet BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities CompressedTensors EETQ Evaluation FP8 GGUF",
     "GPTQ HQQ INC InitReport LoftQ MXFP4 MergeReport OLoRA PackedLinear PackingCollator PiSSA Plan QERA QERAFull Quanto",
-    "QuantizedWeight Quantizer QuantizerInfo Reference Statistics TensorQuantizer TorchAO TransferReport",
-    "Doctor",
+    "Doctor QuantizedWeight Quantizer QuantizerInfo Reference Statistics TensorQuantizer TorchAO TrainConfig",
+    "AutoResult TrainResult TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",
     "NoTargets NonFiniteWeights PartlyQuantized QftError QftWarning UnknownQuantizer UnsupportedDevice",

@@ -50,6 +50,7 @@ from qft.transferring import transfer
 
 if _typing.TYPE_CHECKING:
     from qft import testing
+    from qft.autopilot import AutoResult, auto
     from qft.backends.aqlm import AQLM
     from qft.backends.auto_round import AutoRound
     from qft.backends.awq import AWQ
@@ -67,9 +68,12 @@ if _typing.TYPE_CHECKING:
     from qft.backends.reference import Reference
     from qft.backends.torchao import TorchAO
     from qft.doctoring import Doctor, doctor
+    from qft.evaluation import Evaluation, evaluate
     from qft.memory import Plan, plan
     from qft.optimizing import optimize_training, unoptimize
     from qft.packing import PackingCollator
+    from qft.training.config import TrainConfig
+    from qft.training.run import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -88,6 +92,7 @@ __all__ = [
     "AdapterMismatch",
     "AlreadyQuantized",
     "Audit",
+    "AutoResult",
     "AutoRound",
     "BadFolder",
     "BadOption",
@@ -99,6 +104,7 @@ __all__ = [
     "Capabilities",
     "CompressedTensors",
     "Doctor",
+    "Evaluation",
     "InitReport",
     "LoftQ",
     "MergeReport",
@@ -124,15 +130,19 @@ __all__ = [
     "Statistics",
     "TensorQuantizer",
     "TorchAO",
+    "TrainConfig",
+    "TrainResult",
     "TransferReport",
     "UnknownQuantizer",
     "UnsupportedDevice",
     "UnsupportedOperation",
     "audit",
+    "auto",
     "available_quantizers",
     "capabilities",
     "doctor",
     "errors",
+    "evaluate",
     "export",
     "get_quantizer",
     "load",
@@ -147,6 +157,7 @@ __all__ = [
     "register_quantizer",
     "save",
     "testing",
+    "train",
     "transfer",
     "unmerge",
     "unoptimize",
@@ -156,10 +167,12 @@ __all__ = [
 _LAZY = {
     "AQLM": "qft.backends.aqlm",
     "AWQ": "qft.backends.awq",
+    "AutoResult": "qft.autopilot",
     "AutoRound": "qft.backends.auto_round",
     "BitNet": "qft.backends.bitnet",
     "CompressedTensors": "qft.backends.compressed_tensors",
     "EETQ": "qft.backends.eetq",
+    "Evaluation": "qft.evaluation",
     "FP8": "qft.backends.fp8",
     "GGUF": "qft.backends.gguf",
     "GPTQ": "qft.backends.gptq",
@@ -171,13 +184,18 @@ _LAZY = {
     "Plan": "qft.memory",
     "Reference": "qft.backends.reference",
     "TorchAO": "qft.backends.torchao",
+    "TrainConfig": "qft.training.config",
+    "TrainResult": "qft.training.run",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
     "Doctor": "qft.doctoring",
+    "auto": "qft.autopilot",
     "doctor": "qft.doctoring",
+    "evaluate": "qft.evaluation",
     "optimize_training": "qft.optimizing",
     "plan": "qft.memory",
     "testing": "qft.testing",
+    "train": "qft.training.run",
     "unoptimize": "qft.optimizing",
 }
 

@@ -61,7 +61,7 @@ class Probe:
     def to(self, other: nn.Module) -> Drift:
         """The drift from the model to another one."""
         meter = _Meter()
-        with _evaluated(self.model, other):
+        with evaluated(self.model, other):
             for batch in self.batches:
                 meter.add(token_logits(self.model, batch), token_logits(other, batch))
         return meter.drift()
@@ -75,7 +75,7 @@ class Probe:
         """
         meters = {name: _Meter() for name in routes}
         left, changed = list(self.batches), False
-        with _evaluated(self.model):
+        with evaluated(self.model):
             while left:
                 if changed:
                     undo()
@@ -102,19 +102,32 @@ class _Meter:
 
     def add(self, tuned: Tensor, merged: Tensor) -> None:
         """Take in the logits of the same tokens, both (tokens, vocabulary)."""
-        rows = max(1, CHUNK // tuned.shape[1])
-        for p, q in zip(tuned.split(rows), merged.split(rows)):
-            p, q = p.to(q.device).float(), q.float()
-            self.same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            p, q = p.log_softmax(-1), q.log_softmax(-1)
-            # a token that cannot come adds nothing: 0 · log 0 is 0
-            self.kl += float((p.exp() * (p - q)).masked_fill_(p == -math.inf, 0).sum(-1).double().sum())
+        for kl, _, same in compared(tuned, merged):
+            self.kl += float(kl.double().sum())
+            self.same += int(same.sum())
         self.tokens += len(tuned)
 
     def drift(self) -> Drift:
         if math.isnan(self.kl):
             raise NonFiniteWeights("the model's logits on this data hold NaN: there is no drift to measure")
         return Drift(max(0.0, self.kl / self.tokens), self.same / self.tokens, self.tokens)
+
+
+def compared(reference: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each token's KL(reference ‖ other) in nats, mean squared difference of the logits, and whether the first choice is
+    the same; in pieces, in bounded memory.
+
+    Args:
+        reference, other: logits of the same tokens, (tokens, vocabulary), on any devices.
+    """
+    rows = max(1, CHUNK // reference.shape[1])
+    for p, q in zip(reference.split(rows), other.split(rows)):
+        p, q = p.to(q.device).float(), q.float()
+        same = p.argmax(-1) == q.argmax(-1)
+        squared = (p - q).masked_fill_(p == q, 0).square_().mean(-1)  # -inf on both sides: a token that is ruled out
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        # a token that cannot come adds nothing: 0 · log 0 is 0
+        yield (p.exp() * (p - q)).masked_fill_(p == -math.inf, 0).sum(-1), squared, same
 
 
 def token_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -145,7 +158,7 @@ def token_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _evaluated(*models: nn.Module) -> Iterator[None]:
+def evaluated(*models: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, and afterwards every module's mode and the random state as they were."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     with torch.no_grad(), _random_state_kept(*models):

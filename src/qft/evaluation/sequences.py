@@ -1,0 +1,203 @@
+"""Rows as token sequences that say which of their tokens are to be predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qft.errors import BadOption
+from qft.evaluation.data import FORMS, Row
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Tokens that a model reads at once.
+
+    Attributes:
+        ids: token ids.
+        counted: which of them are to be predicted; never the first, which nothing precedes.
+        decoder: an encoder-decoder's target, all of which is to be predicted; `counted` is not used then.
+    """
+
+    ids: list[int]
+    counted: list[bool]
+    decoder: list[int] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many are to be predicted."""
+        return len(self.decoder) if self.decoder is not None else sum(self.counted)
+
+
+def sequences(
+    found: Iterable[Row], tokenizer: Any, *, length: int, stride: int | None = None, two_sided: bool = False
+) -> Iterator[Sequence]:
+    """The windows of each row, each read alone.
+
+    A row that is longer than `length` is cut into windows of `length` tokens that begin `stride` tokens apart; a token
+    is predicted in the first window that it is in, unless it is the first there. By default windows overlap in one
+    token, so that every token of a row is predicted once, but the very first.
+
+    Args:
+        two_sided: for an encoder-decoder: the prompt goes in, the completion is what is predicted; both are cut to
+            `length`, the prompt at its start.
+
+    Raises:
+        BadOption: a row of another form, or one without a token to predict; texts without a tokenizer.
+    """
+    step = length - 1 if stride is None else stride
+    for row in found:
+        if two_sided:
+            source, target = _pair(row, tokenizer)
+            yield Sequence(source[-length:], [False] * min(length, len(source)), target[:length])
+            continue
+        ids, counted = _tokens(row, tokenizer)
+        counted = [False, *counted[1:]]
+        if not any(counted):
+            raise BadOption(f"{row.where}: no token to predict: it is empty, or a single token")
+        done = 0
+        for start in range(0, len(ids), step):
+            end = min(start + length, len(ids))
+            kept = [c and start + i >= done and i > 0 for i, c in enumerate(counted[start:end])]
+            if any(kept):
+                yield Sequence(ids[start:end], kept)
+            done = end
+            if end == len(ids):
+                break
+
+
+def _tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Token ids, and which of them count."""
+    value = row.value
+    if isinstance(value, Mapping) and "input_ids" in value:
+        ids = _ids(value["input_ids"], row)
+        labels = value.get("labels")
+        labels = ids if labels is None else _ids(labels, row)
+        if len(labels) != len(ids):
+            raise BadOption(f"{row.where}: {len(ids)} input_ids and {len(labels)} labels")
+        return ids, [label != -100 for label in labels]
+    if not isinstance(value, Mapping | str):
+        ids = _ids(value, row)
+        return ids, [True] * len(ids)
+    if tokenizer is None:
+        raise BadOption(f"{row.where} is text, and no tokenizer was found: pass tokenizer=")
+    if isinstance(value, str):
+        return _encode(value, [(0, len(value))], tokenizer, row)
+    if "messages" in value or not isinstance(value.get("prompt", ""), str):
+        text, spans = _chat(value, tokenizer, row)
+        return _encode(text, spans, tokenizer, row, special=False)
+    if "completion" in value:
+        prompt, completion = _texts(row, "prompt", "completion")
+        return _encode(prompt + completion, [(len(prompt), len(prompt) + len(completion))], tokenizer, row)
+    if "text" in value:
+        (text,) = _texts(row, "text")
+        return _encode(text, [(0, len(text))], tokenizer, row)
+    raise BadOption(f"{row.where}: has {', '.join(map(str, value)) or 'nothing'}, and a row has {FORMS}")
+
+
+def _texts(row: Row, *names: str) -> list[str]:
+    for name in names:
+        if not isinstance(row.value.get(name), str):
+            raise BadOption(f"{row.where}: {name} is {_kind(row.value.get(name))}, and should be text")
+    return [row.value[name] for name in names]
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+def _ids(value: Any, row: Row) -> list[int]:
+    if isinstance(value, Tensor) and value.ndim == 1:
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
+        raise BadOption(
+            f"{row.where}: a {type(value).__name__}, and a row is text, a list of token ids, or has {FORMS}"
+        )
+    return list(value)
+
+
+def _encode(
+    text: str, spans: list[tuple[int, int]], tokenizer: Any, row: Row, special: bool = True
+) -> tuple[list[int], list[bool]]:
+    """Tokens of a text, those that count being the ones that end within a span of characters."""
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        ends = [end if end > start else None for start, end in found["offset_mapping"]]  # None: a special token
+        whole = len(spans) == 1 and spans[0] == (0, len(text))
+        counted = [whole if end is None else any(a < end <= b for a, b in spans) for end in ends]
+        return list(found["input_ids"]), counted
+    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    if spans == [(0, len(text))]:
+        return ids, [True] * len(ids)
+    if len(spans) != 1 or spans[0][1] != len(text):
+        raise BadOption(
+            f"{row.where}: several answers need a fast tokenizer, which knows where its tokens lie in the text"
+        )
+    before = len(tokenizer(text[: spans[0][0]], add_special_tokens=special, verbose=False)["input_ids"])
+    return ids, [i >= before for i in range(len(ids))]
+
+
+def _chat(value: Mapping[str, Any], tokenizer: Any, row: Row) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation through the model's template, and where in it the assistant's answers lie."""
+    if "messages" in value:
+        messages, first = value["messages"], 0
+    else:
+        messages, first = [*value["prompt"], *(value.get("completion") or [])], len(value["prompt"])
+    good = isinstance(messages, list) and all(
+        isinstance(m, Mapping) and "role" in m and "content" in m for m in messages
+    )
+    if not good or not messages:
+        raise BadOption(f"{row.where}: messages is a list of objects with role and content, and not empty")
+    if not getattr(tokenizer, "chat_template", None):
+        raise BadOption(
+            f"{row.where}: messages need a chat template, and the tokenizer has none: give prompt and completion"
+        )
+
+    def render(count: int, ask: bool = False) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask))
+        except Exception as error:  # templates raise what they like
+            raise BadOption(
+                f"{row.where}: the chat template refuses it: {' '.join(str(error).split())[:200]}"
+            ) from error
+
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
+    if not answers:
+        raise BadOption(f"{row.where}: no message of the assistant, so there is nothing to predict")
+    text, spans = render(len(messages)), []
+    for i in answers:
+        try:
+            before, after = render(i, ask=True), render(i + 1)
+        except BadOption:
+            if i == answers[-1]:
+                raise
+            continue
+        if text.startswith(after) and after.startswith(before):
+            spans.append((len(before), len(after)))
+    if not spans:  # a template that writes the same message otherwise once others follow it
+        raise BadOption(
+            f"{row.where}: the chat template does not show where an answer begins: give prompt and completion"
+        )
+    return text, spans
+
+
+def _pair(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+    value = row.value
+    if isinstance(value, Mapping) and "input_ids" in value and value.get("labels") is not None:
+        source, target = _ids(value["input_ids"], row), [i for i in _ids(value["labels"], row) if i != -100]
+    elif isinstance(value, Mapping) and "completion" in value:
+        if tokenizer is None:
+            raise BadOption(f"{row.where} is text, and no tokenizer was found: pass tokenizer=")
+        prompt, completion = _texts(row, "prompt", "completion")
+        source = list(tokenizer(prompt, verbose=False)["input_ids"])
+        target = list(tokenizer(text_target=completion, verbose=False)["input_ids"])
+    else:
+        raise BadOption(
+            f"{row.where}: an encoder-decoder is evaluated on prompt and completion, or input_ids and labels"
+        )
+    if not source or not target:
+        raise BadOption(f"{row.where}: an empty prompt or completion: there is nothing to predict")
+    return source, target

@@ -1,0 +1,1 @@
+"""Train from a configuration: `qft.train(qft.TrainConfig(...))`."""

@@ -1,0 +1,177 @@
+"""The model of a run: loaded, quantized, with adapters."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from qft.errors import BadFolder, QftWarning
+from qft.training.data import _line
+from qft.training.setup import Prepared
+
+AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "vision-language": "AutoModelForImageTextToText",
+}
+PEFT_TASK = {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS", "vision-language": None}
+
+
+def adapter_of(prepared: Prepared) -> Any:
+    """The `LoraConfig` of a run."""
+    from peft import LoraConfig
+
+    config, alpha, targets = prepared.config, prepared.config.lora_alpha, prepared.config.target_modules
+    if isinstance(targets, str) and targets != "all-linear" and all(c.isalnum() or c in "_,. " for c in targets):
+        # autotrain's; else it is a regular expression
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type=PEFT_TASK[prepared.task],
+    )
+
+
+def float_dtype(prepared: Prepared) -> torch.dtype:
+    config, device = prepared.config, prepared.device
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if not config.peft or device.type == "cpu":
+        return torch.float32  # weights that are trained keep what a small step adds
+    return torch.bfloat16 if has_bf16(device) else torch.float16
+
+
+def has_bf16(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def autocast_dtype(prepared: Prepared) -> str:
+    """ "bf16", "fp16" or "no"."""
+    config, device = prepared.config, prepared.device
+    if config.mixed_precision != "auto":
+        return config.mixed_precision
+    return "no" if device.type == "cpu" else "bf16" if has_bf16(device) else "fp16"
+
+
+def attention(prepared: Prepared) -> str | None:
+    """attn_implementation; None leaves the choice to transformers, which takes SDPA where the model has it."""
+    config = prepared.config
+    asked = "flash_attention_2" if config.use_flash_attention_2 else config.attention
+    here = importlib.util.find_spec("flash_attn") is not None and prepared.device.type == "cuda"
+    if asked == "flash_attention_2" and not here:
+        warnings.warn(
+            "flash attention is not installed, or this is no CUDA device: SDPA is used (pip install flash-attn)",
+            QftWarning,
+            stacklevel=2,
+        )
+        return None
+    if asked == "auto":
+        return "flash_attention_2" if here and float_dtype(prepared) != torch.float32 else None
+    return asked
+
+
+def optimizes(prepared: Prepared) -> bool:
+    config = prepared.config
+    return config.optimize == "yes" or (
+        config.optimize == "auto" and prepared.device.type == "cuda" and prepared.task == "causal-lm"
+    )
+
+
+def load_model(prepared: Prepared) -> nn.Module:
+    """The model that a trainer takes: quantize → prepare → LoRA → optimize_training, as the configuration asks for.
+
+    Raises:
+        What `qft.quantize_and_wrap` and `qft.optimize_training` raise.
+    """
+    import qft
+
+    config = prepared.config
+    if not config.peft:
+        model = _float_model(prepared).to(prepared.device)
+    elif config.quantization is None:
+        model = _lora_over_floats(prepared)
+    else:
+        model = _quantized(prepared)
+    if optimizes(prepared):
+        memory: Any = config.memory
+        qft.optimize_training(model, memory=int(memory) if isinstance(memory, float) and memory > 1 else memory)
+    return model
+
+
+def _quantized(prepared: Prepared) -> nn.Module:
+    import qft
+
+    config = prepared.config
+    options: dict[str, Any] = {}
+    source: Any = config.model
+    if prepared.task == "classification":
+        source = _float_model(prepared)  # its head is new, which a folder's stream does not know
+    else:
+        options = {"dtype": float_dtype(prepared)}
+        implementation = attention(prepared)
+        if implementation is not None:
+            options["attn_implementation"] = implementation
+    return qft.quantize_and_wrap(
+        source,
+        config.quantization,
+        adapter=adapter_of(prepared),
+        init=config.init,
+        calibration=_calibration(prepared),
+        device=prepared.device,
+        use_gradient_checkpointing=config.gradient_checkpointing,
+        progress=config.progress,
+        **options,
+    )
+
+
+def _calibration(prepared: Prepared) -> Any:
+    """Training rows, where the quantizer or the init reads any."""
+    from qft.inits import resolve_init
+    from qft.registry import parse_spec
+
+    config = prepared.config
+    quantizers = [q for q in parse_spec(config.quantization).quantizers.values() if q is not None]
+    init, _ = resolve_init(config.init, adapter_of(prepared))
+    reads = getattr(init, "needs", None) is not None or config.init == "auto"
+    if not reads and not any(q.capabilities.needs_calibration for q in quantizers):
+        return None
+    rows = prepared.train.rows[: config.calibration_samples]
+    return [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
+
+
+def _lora_over_floats(prepared: Prepared) -> nn.Module:
+    from peft import get_peft_model
+
+    model = _float_model(prepared).to(prepared.device)
+    if prepared.config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, adapter_of(prepared))
+
+
+def _float_model(prepared: Prepared) -> Any:
+    import transformers
+
+    config = prepared.config
+    options: dict[str, Any] = {"dtype": float_dtype(prepared)}
+    implementation = attention(prepared)
+    if implementation is not None:
+        options["attn_implementation"] = implementation
+    if prepared.task == "classification":
+        names = {i: str(name) for i, name in enumerate(prepared.labels)}
+        options |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
+    try:
+        model = getattr(transformers, AUTO[prepared.task]).from_pretrained(config.model, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadFolder(
+            f"model: transformers cannot load {config.model!r} for {prepared.task}: {_line(error)}"
+        ) from error
+    if prepared.task == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = prepared.tokenizer.pad_token_id
+    return model

@@ -1,0 +1,125 @@
+"""Chats about images: rows are checked early, pixels are read when a batch is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qft.errors import BadOption
+from qft.loss import IGNORE
+from qft.training.config import TrainConfig
+from qft.training.encoding import Unusable, messages_of
+
+
+def rows_with_images(config: TrainConfig, processor: Any, folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Rows with `messages`, in the form that processors read, and `images`: files (beside the data) or PIL images."""
+    if not getattr(processor, "chat_template", None):
+        raise BadOption("the model's processor has no chat template: take the model's instruct version")
+
+    def one(row: dict[str, Any]) -> dict[str, Any]:
+        from trl.data_utils import prepare_multimodal_messages
+
+        images = row.get(config.images_column)
+        if isinstance(images, str) and images.startswith("["):
+            images = json.loads(images)  # of CSV
+        images = images if isinstance(images, list) else [images]
+        if not images or any(image is None for image in images):
+            raise Unusable(f"{config.images_column!r} is empty")
+        found = []
+        for image in images:
+            if isinstance(image, str):
+                image = str(folder / image)
+                if not Path(image).is_file():
+                    raise Unusable(f"there is no image {image!r}")
+            found.append(image)
+        messages = messages_of(row, config)
+        try:
+            messages = prepare_multimodal_messages(messages)
+            slots = _slots(messages)
+            if not slots:
+                messages = [{**m, "content": list(m["content"])} for m in messages]
+                first = next(m for m in messages if m["role"] == "user")
+                first["content"] = [*({"type": "image"} for _ in found), *first["content"]]
+                slots = len(found)
+        except (ValueError, TypeError, KeyError, StopIteration) as error:
+            raise Unusable(f"the conversation cannot hold images: {error}") from error
+        if slots != len(found):
+            raise Unusable(
+                f"the messages have {slots} places for images, and {config.images_column!r} has {len(found)}"
+            )
+        # as text: data sets would give every message the keys of all
+        return {"messages": json.dumps(messages), "images": found}
+
+    return one
+
+
+def _slots(messages: Sequence[dict[str, Any]]) -> int:
+    return sum(part.get("type") == "image" for m in messages for part in m["content"])
+
+
+class VisionCollator:
+    """Rows → pixels, token ids, and labels on the answers, by what the conversation has beyond its prompt."""
+
+    def __init__(self, processor: Any, loss_on: str, limit: int):
+        self.processor, self.loss_on, self.limit = processor, loss_on, limit
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Raises `BadOption`: answers whose tokens cannot be told, or a row that is too long."""
+        conversations = [json.loads(row["messages"]) for row in rows]
+        images = [[_opened(i) for i in row["images"]] for row in rows]
+        texts = [self._text(m) for m in conversations]
+        self.processor.tokenizer.padding_side = "right"
+        batch = dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt"))
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if ids.shape[1] > self.limit:
+            raise BadOption(
+                f"a row has {ids.shape[1]} tokens with its images, and max_length is {self.limit}: images cannot be cut; raise "
+                "max_length, or use smaller images"
+            )
+        labels = torch.full_like(ids, IGNORE)
+        for i, messages in enumerate(conversations):
+            end = int(mask[i].sum())
+            if self.loss_on == "all":
+                labels[i, :end] = ids[i, :end]
+                continue
+            turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
+            for k in turns if self.loss_on == "answers" else turns[-1:]:
+                start, stop = self._span(messages, k, images[i], ids[i])
+                labels[i, start:stop] = ids[i, start:stop]
+        return {**batch, "labels": labels}
+
+    def _span(self, messages: list[dict[str, Any]], turn: int, images: list[Any], ids: torch.Tensor) -> tuple[int, int]:
+        before = self._ids(self._text(messages[:turn], generation=True), images[: _slots(messages[:turn])])
+        after = self._ids(self._text(messages[: turn + 1]), images[: _slots(messages[: turn + 1])])
+        whole = ids.tolist()
+        if whole[: len(before)] != before or whole[: len(after)] != after:
+            raise BadOption("the chat template hides which tokens are the answer's: loss_on='last_answer' may do")
+        stop, special = len(after), set(self.processor.tokenizer.all_special_ids)
+        while stop > len(before) and after[stop - 1] not in special:
+            if self.processor.tokenizer.decode([after[stop - 1]]).strip():
+                return len(before), len(after)
+            stop -= 1
+        return len(before), stop if stop > len(before) else len(after)
+
+    def _text(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+
+    def _ids(self, text: str, images: list[Any]) -> list[int]:
+        out = self.processor(text=[text], images=[images] if images else None, return_tensors="pt")
+        return out["input_ids"][0].tolist()
+
+
+def _opened(image: Any) -> Any:
+    if not isinstance(image, str):
+        return image
+    from PIL import Image
+
+    try:
+        with Image.open(image) as file:
+            return file.convert("RGB")
+    except OSError as error:
+        raise BadOption(f"the image {image!r} cannot be read: {error}") from error
