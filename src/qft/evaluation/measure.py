@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qft import drift, marks
-from qft.audit_errors import check_forward
 from qft.calibration import Batch, call
 from qft.errors import BadOption, UnsupportedDevice
 from qft.evaluation.ranges import Range, Ranges, embeddings_of
@@ -79,7 +78,12 @@ def check_model(model: nn.Module, what: str = "the model") -> None:
     """
     marks.record_of(model)
     base = marks.base_model(model)
-    check_forward(base, base)
+    for name, module in base.named_modules():
+        if getattr(module, "merged_adapters", None) and getattr(module, "disable_adapters", False):
+            raise BadOption(
+                f"the adapter of {name} is merged and disabled, and PEFT takes it out of the weight at the next forward: "
+                "enable the adapters, or call qft.unmerge(model), before"
+            )
     if any(p.is_meta for p in base.parameters()):
         raise UnsupportedDevice(f"{what} has weights on the meta device, where they have no values")
     if next(base.parameters(), None) is None:

@@ -242,7 +242,7 @@ def _predictions(page: Report, e: Evaluation) -> None:
         f"{e.length} tokens.",
     )
     scores = [("model", e.score), ("baseline", e.baseline_score)]
-    rows = [(who, s.perplexity, s.loss, s.tokens, s.not_finite) for who, s in scores if s is not None]
+    rows = [(who, f"{s.perplexity:.4f}", f"{s.loss:.5f}", s.tokens, s.not_finite) for who, s in scores if s is not None]
     page.table(rows, ("", "perplexity", "loss, nats", "tokens", "with NaN or infinity"))
     if e.drift is not None:
         d = e.drift
