@@ -193,6 +193,12 @@ def test_what_is_predicted(row, text, predicted):
     assert counted(row, TEMPLATE) == (text, predicted)
 
 
+def test_a_newline_after_the_end_of_the_turn_is_no_answer():
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b"}]}
+    text, predicted = counted(row, TEMPLATE.replace(";", "; "))
+    assert (text, predicted) == ("<u>hi; <a>a b; ", "_" * 10 + "a b;_")
+
+
 def test_labels_say_which_ids_count():
     (cut,) = sequences(rows([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]), None, length=8)
     assert cut.counted == [False, False, True, True]
@@ -460,7 +466,14 @@ def harness(monkeypatch):
         calls.append((model, options))
         if options["tasks"] == ["broken"]:
             raise ConnectionError("no network")
-        results = {"alias": "easy", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1, "f1_stderr,none": "N/A"}
+        results = {
+            "alias": "easy",
+            "sample_len": 3,
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.1,
+            "em,strict": 1,
+            "f1_stderr,none": "N/A",
+        }
         return {"results": {"easy": results}}
 
     manager = types.SimpleNamespace(all_tasks=["easy", "broken"])
@@ -483,6 +496,7 @@ def test_tasks_run_on_both_models(harness):
     assert [c[0] for c in harness] == [model, base] and harness[0][1]["limit"] == 3
     assert not model.training and not base.training
     assert found.tasks["easy"]["acc"] == 0.5 and found.tasks["easy"]["em (strict)"] == 1.0
+    assert found.tasks["easy"].keys() == {"acc", "acc stderr", "em (strict)", "f1 stderr"}
     assert math.isnan(found.tasks["easy"]["f1 stderr"]) and found.baseline_tasks.keys() == {"easy"}
     assert "0.5000 ± 0.1000" in str(found) and "0.5000 ± 0.1000" in found.page().html()
     assert json.loads(found.to_json())["tasks"]["easy"]["f1 stderr"] == "nan"
