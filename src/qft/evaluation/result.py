@@ -266,7 +266,7 @@ def _ranges(page: Report, ranges: Mapping[str, Range]) -> None:
         page.plot(points, title="Largest activation by block", x="block", y="absolute value", log=True)
     header = ("", "largest", "in", "beyond float16", "NaN or infinite")
     rows = [
-        (n, r.largest, r.module, _share(r.beyond_float16), _share(r.not_finite)) for n, r in ranges.items()
+        (n, r.largest, r.module or "its output", _share(r.beyond_float16), _share(r.not_finite)) for n, r in ranges.items()
     ]  # fmt: skip
     page.table(rows, header)
 
