@@ -139,7 +139,16 @@ def test_heat_grows_with_the_value():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (1.0, "1"), (0.12345, "0.1235"), (12345.6, "12346"), (1e-7, "1e−07"), (-2.5, "−2.5"), (math.inf, "∞")],
+    [
+        (0.0, "0"),
+        (1.0, "1"),
+        (0.12345, "0.1235"),
+        (12345.6, "12346"),
+        (1e-7, "1e−7"),
+        (1.25e6, "1.25e6"),
+        (-2.5, "−2.5"),
+        (math.inf, "∞"),
+    ],
 )
 def test_numbers_for_people(value, text):
     assert svg.number(value) == text

@@ -115,11 +115,18 @@ def _json(path: Path) -> list[Row]:
 
 
 def _csv(path: Path) -> list[Row]:
-    reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+    at = 0
+
+    def counted() -> Iterator[str]:  # the reader's own count stops before a line that it cannot read
+        nonlocal at
+        for at, line in _lines(path):  # noqa: B007
+            yield line
+
+    reader = csv.DictReader(counted(), strict=True)
     found = []
     try:
         for value in reader:
-            where = f"{path}, line {reader.line_num}"
+            where = f"{path}, line {at}"
             if None in value or None in value.values():
                 kind = "more" if None in value else "fewer"
                 raise BadOption(
@@ -127,7 +134,7 @@ def _csv(path: Path) -> list[Row]:
                 )
             found.append(Row(value, where))
     except csv.Error as error:
-        raise BadOption(f"{path}, line {reader.line_num}: {error}") from error
+        raise BadOption(f"{path}, line {at}: {error}") from error
     return found
 
 

@@ -54,7 +54,7 @@ flex:1 1 130px}
 .qft-report svg .cell{fill:var(--s0)}
 .qft-report svg text.bad{fill:var(--warn);text-anchor:middle;font-weight:700}
 .qft-report svg rect.bad{fill:var(--warn)}
-.qft-report .legend{display:flex;flex-wrap:wrap;gap:2px 18px;font-size:13px;margin:4px 0 0 8.4%}
+.qft-report .legend{display:flex;flex-wrap:wrap;gap:2px 18px;font-size:13px;margin:4px 0 0 10%}
 .qft-report .legend svg{display:inline-block;width:26px;height:10px;margin-right:6px}
 .qft-report pre{background:var(--panel);border:1px solid var(--rule);border-radius:6px;padding:10px 12px;overflow-x:auto;
 font-size:12.5px;white-space:pre-wrap;overflow-wrap:anywhere}

@@ -242,7 +242,7 @@ def _predictions(page: Report, e: Evaluation) -> None:
         f"{e.length} tokens.",
     )
     scores = [("model", e.score), ("baseline", e.baseline_score)]
-    rows = [(who, s.perplexity, s.loss, s.tokens, s.not_finite) for who, s in scores if s is not None]
+    rows = [(who, f"{s.perplexity:.4f}", f"{s.loss:.5f}", s.tokens, s.not_finite) for who, s in scores if s is not None]
     page.table(rows, ("", "perplexity", "loss, nats", "tokens", "with NaN or infinity"))
     if e.drift is not None:
         d = e.drift
@@ -266,7 +266,7 @@ def _ranges(page: Report, ranges: Mapping[str, Range]) -> None:
         page.plot(points, title="Largest activation by block", x="block", y="absolute value", log=True)
     header = ("", "largest", "in", "beyond float16", "NaN or infinite")
     rows = [
-        (n, r.largest, r.module, _share(r.beyond_float16), _share(r.not_finite)) for n, r in ranges.items()
+        (n, r.largest, r.module or "its output", _share(r.beyond_float16), _share(r.not_finite)) for n, r in ranges.items()
     ]  # fmt: skip
     page.table(rows, header)
 

@@ -176,7 +176,8 @@ def _chat(value: Mapping[str, Any], tokenizer: Any, row: Row) -> tuple[str, list
                 raise
             continue
         if text.startswith(after) and after.startswith(before):
-            spans.append((len(before), len(after)))
+            # what a template writes after the end of a turn, mostly a newline, is no part of the answer
+            spans.append((len(before), max(len(before), len(after.rstrip()))))
     if not spans:  # a template that writes the same message otherwise once others follow it
         raise BadOption(
             f"{row.where}: the chat template does not show where an answer begins: give prompt and completion"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 760, 280
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 78, 14, 12, 44
 SERIES = 6
 """Colours that the page's style defines, `--s0` to `--s5`; more series start over with other dashes."""
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
@@ -28,7 +28,8 @@ def number(value: float) -> str:
     if 1e-3 <= abs(value) < 1e5:
         text = f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
         return text.replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}".replace("-", "−")
 
 
 def lines(series: Mapping[str, Series], *, x: str = "", y: str = "", log: bool = False) -> str:
@@ -44,7 +45,8 @@ def lines(series: Mapping[str, Series], *, x: str = "", y: str = "", log: bool =
     kept = [p for each in drawn.values() for p in each if _can(p[1], log)]
     if not kept:
         return _empty()
-    horizontal = _Axis([p[0] for p in kept], LEFT, WIDTH - RIGHT)
+    whole = all(p[0].is_integer() for p in kept)
+    horizontal = _Axis([p[0] for p in kept], LEFT, WIDTH - RIGHT, whole=whole)
     vertical = _Axis([p[1] for p in kept], HEIGHT - BOTTOM, TOP, log)
     parts = [_grid(vertical, y), _scale(horizontal, x)]
     for index, (name, each) in enumerate(drawn.items()):
@@ -74,7 +76,7 @@ def bars(values: Mapping[str, float], *, x: str = "", y: str = "") -> str:
     zero = vertical(0.0)
     parts = [_grid(vertical, y)]
     every = max(1, math.ceil(max(len(n) for n in values) * CHAR / step))
-    long = every > 8 and len(values) <= 24
+    long = every > 1 and len(values) <= 24  # cut short rather than left out
     for index, (name, value) in enumerate(values.items()):
         at = LEFT + index * step
         tip = _title(f"{name}: {number(value)}")
@@ -85,7 +87,7 @@ def bars(values: Mapping[str, float], *, x: str = "", y: str = "") -> str:
         else:
             parts.append(f'<text class="bad" x="{at + step / 2:.1f}" y="{zero - 4:.1f}">×{tip}</text>')
         if long or index % every == 0:
-            shown = name if not long else name[: max(3, int(step / CHAR))]
+            shown = _short(name, int(step / CHAR) - 1) if long else name
             parts.append(
                 f'<text class="mid" x="{at + step / 2:.1f}" y="{HEIGHT - BOTTOM + 15}">{html.escape(shown)}</text>'
             )
@@ -112,7 +114,7 @@ def heat(rows: Mapping[str, Sequence[float | None]], *, x: str = "", columns: Se
     parts = []
     for row, (name, values) in enumerate(rows.items()):
         y = TOP + row * tall
-        shown = name if len(name) <= 40 else "…" + name[-39:]
+        shown = _short(name, 40)
         parts.append(f'<text class="end" x="{left - 8:.1f}" y="{y + 14}">{html.escape(shown)}</text>')
         for column, value in enumerate(values):
             if value is None:
@@ -147,7 +149,7 @@ def heat(rows: Mapping[str, Sequence[float | None]], *, x: str = "", columns: Se
 class _Axis:
     """From values to places, with round ticks."""
 
-    def __init__(self, values: Sequence[float], start: float, end: float, log: bool = False):
+    def __init__(self, values: Sequence[float], start: float, end: float, log: bool = False, whole: bool = False):
         self.log, self.start, self.end = log, start, end
         low, high = min(values), max(values)
         if log:
@@ -160,6 +162,7 @@ class _Axis:
                 pad = abs(low) * 0.1 or 1.0
                 low, high = low - pad * (low != 0), high + pad
             step = _round_step((high - low) / 5)
+            step = max(1.0, round(step)) if whole else step
             if start > end:  # upwards: to full steps
                 low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
             first = math.ceil(low / step - 1e-9)
@@ -240,6 +243,11 @@ def _pieces(points: list[tuple[float, float]], log: bool) -> list[list[tuple[flo
 
 
 # ---- elements ------------------------------------------------------------------------------------------------
+
+
+def _short(name: str, most: int) -> str:
+    """The end of a long name, which tells layers apart."""
+    return name if len(name) <= max(most, 3) else "…" + name[-max(most - 1, 2) :]
 
 
 def _title(text: str) -> str:

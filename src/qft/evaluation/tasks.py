@@ -68,6 +68,10 @@ def run_tasks(
             )
     except QftError:
         raise
+    except ImportError as error:
+        raise MissingDependency(
+            f"lm-eval cannot run here: {error}; pip install -U lm-eval brings what it needs"
+        ) from error
     except Exception as error:
         line = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadOption(f"lm-eval cannot run {', '.join(map(str, tasks))}: {line}") from error
@@ -87,6 +91,8 @@ def _scores(values: dict[str, Any]) -> dict[str, float]:
             else:
                 continue
         metric, _, filter_name = key.partition(",")
+        if metric == "sample_len":  # how many examples there were
+            continue
         metric, stderr = metric.removesuffix("_stderr"), metric.endswith("_stderr")
         name = metric if filter_name in ("", "none") else f"{metric} ({filter_name})"
         scores[f"{name} stderr" if stderr else name] = float(value)

@@ -120,7 +120,7 @@ def evaluate(
         result.notes.append("no data was given: perplexity, drift and ranges were not measured")
     if quantized:
         result.weights = _weights(model, other, result.notes)
-    if other is not None and _adapted(model) and not _adapted(other):
+    if result.drift is not None and _adapted(model) and not _adapted(other):
         result.notes.append("the model has adapters, so its drift from the baseline is what tuning changed, too")
     for which, target in (("tasks", model), ("baseline_tasks", other)):
         if names and target is not None:
