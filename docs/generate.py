@@ -16,6 +16,7 @@ from qft.quantizer import DERIVED, Capabilities
 from qft.registry import ENTRY_POINTS
 
 sys.path.insert(0, str(Path(__file__).parent))
+import guide_tables
 import memory_tables
 import reference
 import speed_tables
@@ -29,7 +30,7 @@ FIGURES = tuple(
         "fit_memory.md", "merging.md",
     )
 )  # fmt: skip
-TABLES = tables.TABLES | speed_tables.TABLES | memory_tables.TABLES
+TABLES = tables.TABLES | speed_tables.TABLES | memory_tables.TABLES | guide_tables.TABLES
 DECLARED = tuple(field.name for field in dataclasses.fields(Capabilities))
 HEAD = """# What each quantizer can do
 
