@@ -75,7 +75,15 @@ def step_memory() -> str:
 def seventy() -> str:
     """A 70B shape within two limits."""
     found = _read("seventy-h100.json")
-    head = ["`memory=`", "`offload=`", "tokens a step", "planned, GiB", "measured, GiB", "in host memory, GiB", "tokens/s"]
+    head = [
+        "`memory=`",
+        "`offload=`",
+        "tokens a step",
+        "planned, GiB",
+        "measured, GiB",
+        "in host memory, GiB",
+        "tokens/s",
+    ]
     rows = [
         [
             f'`"{r["limit"]}"`',
