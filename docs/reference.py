@@ -146,7 +146,7 @@ def docstring(text: str | None) -> list[str]:
             lines += [f"**{section}**", ""]
         elif section is None or (line and not line.startswith(" ")):
             section = None
-            lines.append(_text(line))
+            lines.append(f"    {line}" if line.startswith(">>> ") else _text(line))
         else:
             lines.append(_entry(line[4:], section, follows=lines[-1].startswith(("- ", "    "))))
     return lines
