@@ -1,4 +1,4 @@
-"""Writes docs/capabilities.md from the quantizers' own flags, and the tables of figures on other pages.
+"""Writes capabilities.md from the quantizers' own flags, api.md and cli.md from docstrings, and the tables of figures.
 
 With --check, nothing is written, and the exit status is 1 where a page is stale.
 """
@@ -16,15 +16,21 @@ from qft.quantizer import DERIVED, Capabilities
 from qft.registry import ENTRY_POINTS
 
 sys.path.insert(0, str(Path(__file__).parent))
+import guide_tables
 import memory_tables
+import reference
 import speed_tables
 import tables
 
 PAGE = Path(__file__).with_name("capabilities.md")
 FIGURES = tuple(
-    Path(__file__).with_name(name) for name in ("how_to_start.md", "backends.md", "speed.md", "methods.md", "memory.md")
-)
-TABLES = tables.TABLES | speed_tables.TABLES | memory_tables.TABLES
+    Path(__file__).with_name(name)
+    for name in (
+        "how_to_start.md", "backends.md", "speed.md", "methods.md", "memory.md", "which_quantizer.md", "concepts.md",
+        "fit_memory.md", "merging.md",
+    )
+)  # fmt: skip
+TABLES = tables.TABLES | speed_tables.TABLES | memory_tables.TABLES | guide_tables.TABLES
 DECLARED = tuple(field.name for field in dataclasses.fields(Capabilities))
 HEAD = """# What each quantizer can do
 
@@ -48,6 +54,11 @@ def page() -> str:
         *(f"- `{name}`: {meaning}" for name, meaning in _meanings().items()),
     ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def generated() -> dict[Path, str]:
+    """The pages that are written whole."""
+    return {PAGE: page(), PAGE.with_name("api.md"): reference.api(), PAGE.with_name("cli.md"): reference.cli()}
 
 
 def with_tables(text: str) -> str:
@@ -93,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is stale")
     check = parser.parse_args().check
-    for path, text in {PAGE: page(), **{p: with_tables(p.read_text(encoding="utf-8")) for p in FIGURES}}.items():
+    for path, text in {**generated(), **{p: with_tables(p.read_text(encoding="utf-8")) for p in FIGURES}}.items():
         if not check:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
