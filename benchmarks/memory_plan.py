@@ -299,7 +299,9 @@ def main() -> None:
     parser.add_argument("--serve", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--timeout", type=float, default=400, help="seconds for all of it; what is not done is noted")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--replan", type=Path, help="this file's plans anew, as where liger-kernel is installed; no GPU")
+    parser.add_argument(
+        "--replan", type=Path, help="this file's plans anew, as where liger-kernel is installed; no GPU"
+    )
     options = parser.parse_args()
     if options.replan is not None:
         replan(options.replan)

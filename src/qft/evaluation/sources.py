@@ -13,10 +13,10 @@ from peft import PeftModel
 from torch import nn
 
 from qft import hf, marks
+from qft.devices import check_device, default_device
 from qft.errors import AdapterMismatch, BadFolder, BadOption, NeedsOriginal, QftError
 from qft.loading import load_quantized
 from qft.originals import Originals
-from qft.devices import check_device, default_device
 from qft.restoring import _strict_load, load
 from qft.saving import read_note
 from qft.sourcing import readable
