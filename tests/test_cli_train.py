@@ -194,7 +194,7 @@ def test_a_disk_that_takes_no_more(model, data, tmp_path):
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))
 
     call = ["--model", model, "--data-path", data, "--project-name", tmp_path / "out", *FLAGS, "--quiet"]
     out = qft("train", *(w for w in call if w != "--use-flash-attention-2"), preexec_fn=limit)

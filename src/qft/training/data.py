@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -105,7 +106,7 @@ def _splits(path: Path) -> dict[str, Reader]:
     for file in files:
         if file.stem in found:
             raise BadOption(f"{path} has two files for the split {file.stem!r}: leave one, or give data_path a file")
-        found[file.stem] = lambda skip, file=file: read_file(file, skip)
+        found[file.stem] = functools.partial(read_file, file)
     return found
 
 

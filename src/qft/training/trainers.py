@@ -61,7 +61,7 @@ class Whole:
                 raise
             last = self.run.last
             left = f"; {last.name} before it is whole, and the same call goes on from there" if last is not None else ""
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or f"the disk takes no more ({str(error).splitlines()[0]})"
             raise BadFolder(f"cannot write {name} into {self.run.path}: {reason}{left}") from error
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
@@ -74,7 +74,16 @@ class Whole:
 def _cannot_write(error: Exception) -> bool:
     text = str(error).lower()
     return any(
-        w in text for w in ("no space left", "file too large", "os error", "writing file", "file write failed", "quota")
+        w in text
+        for w in (
+            "no space left",
+            "file too large",
+            "os error",
+            "writing file",
+            "file write failed",
+            "quota",
+            "inline_container",
+        )
     )
 
 
