@@ -1,14 +1,20 @@
 """`qft.auto`: decisions go by data, model and memory; a run gives a merged model and a page; bad input leaves no trace."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from helpers import refuses
 from models import llama
 from tiny_training import SIZE, chats, save_model, write_jsonl
 from transformers import LlamaConfig
+from typer.testing import CliRunner
 
 import qft
+import qft_cli
 from qft import auto_choice
 from qft.memory import GIB
 
@@ -210,3 +216,64 @@ def test_no_model_and_no_data(data, model, tmp_path):
         with refuses(qft.BadFolder, says):
             qft.auto(where, rows_, out=tmp_path / "out", device="cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- the verb ----------------------------------------------------------------------------------------------
+
+
+def run(*words, code=0):
+    result = CliRunner().invoke(qft_cli.app("auto"), ["auto", *map(str, words)], env={"COLUMNS": "200"})
+    assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
+    return result
+
+
+def test_the_verb_tells_decisions_as_text_and_as_json(model, data, tmp_path):
+    words = (
+        model,
+        data,
+        "--memory",
+        "2GiB",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--quantizer",
+        "nf4",
+        "--dry-run",
+    )
+    text = run(*words).stdout
+    assert text.startswith("would train") and text.endswith("nothing was written\n") and "It was given" in text
+    told = json.loads(run(*words, "--json").stdout)
+    assert told["dry_run"] and [d["value"] for d in told["decisions"] if d["name"] == "quantizer"] == ["nf4"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verb_refuses_in_one_line(model, data, tmp_path):
+    for words, says in (
+        ((model, data, "--memory", "much"), "memory 'much'"),
+        ((model, tmp_path / "none.jsonl"), "none.jsonl"),
+    ):
+        result = run(*words, "--out", tmp_path / "out", "--device", "cpu", code=1)
+        assert result.stdout == "" and says in result.stderr
+        assert len([line for line in result.stderr.splitlines() if line.startswith("qft: error:")]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the instruction file ----------------------------------------------------------------------------------
+
+
+def test_the_instruction_file_is_the_same_each_time_and_its_answers_are_right(tmp_path):
+    script = Path(__file__).parents[1] / "examples" / "make_instructions.py"
+    for name in ("a.jsonl", "b.jsonl"):
+        subprocess.run([sys.executable, script, tmp_path / name], check=True, capture_output=True)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    chats = [json.loads(line)["messages"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len({question["content"] for question, _ in chats}) == 200
+    signs = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
+    sums = [re.match(r"What is (\d+) (\w+) (\d+)\?", question["content"]) for question, _ in chats]
+    right = [
+        answer["content"].endswith(f" is {signs[m[2]](int(m[1]), int(m[3]))}.")
+        for m, (_, answer) in zip(sums, chats)
+        if m
+    ]
+    assert len(right) == 50 and all(right)
