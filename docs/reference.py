@@ -26,7 +26,8 @@ GROUPS = {
     "Plan and train": "plan optimize_training unoptimize PackingCollator train TrainConfig evaluate auto doctor",
     "Merge, save and load": "merge unmerge merge_to_float export save load",
     "Quantizers by name": "available_quantizers get_quantizer capabilities register_quantizer",
-    "What verbs return": "Audit AutoResult Doctor Evaluation InitReport MergeReport Plan QuantizerInfo TrainResult TransferReport",
+    "What verbs return": "Audit AutoResult Doctor Evaluation InitReport MergeReport Plan QuantizerInfo TrainResult "
+    "TransferReport",
     "Starts of adapters": "AdapterInit LoftQ QERA QERAFull PiSSA OLoRA register_init Calibration Statistics",
     "To write a quantizer": "Quantizer TensorQuantizer Capabilities QuantizedWeight PackedLinear testing",
 }
