@@ -23,10 +23,11 @@ the terminal. `qft --install-completion` installs tab completion for your shell.
 """
 GROUPS = {
     "Quantize and wrap": "quantize prepare_model_for_kbit_training wrap quantize_and_wrap audit transfer",
-    "Plan and train": "plan optimize_training unoptimize PackingCollator train TrainConfig evaluate doctor",
+    "Plan and train": "plan optimize_training unoptimize PackingCollator train TrainConfig evaluate auto doctor",
     "Merge, save and load": "merge unmerge merge_to_float export save load",
     "Quantizers by name": "available_quantizers get_quantizer capabilities register_quantizer",
-    "What verbs return": "Audit Doctor Evaluation InitReport MergeReport Plan QuantizerInfo TrainResult TransferReport",
+    "What verbs return": "Audit AutoResult Doctor Evaluation InitReport MergeReport Plan QuantizerInfo TrainResult "
+    "TransferReport",
     "Starts of adapters": "AdapterInit LoftQ QERA QERAFull PiSSA OLoRA register_init Calibration Statistics",
     "To write a quantizer": "Quantizer TensorQuantizer Capabilities QuantizedWeight PackedLinear testing",
 }
@@ -42,7 +43,7 @@ def api() -> str:
     parts, listed = [API_HEAD], set()
     for title, names in GROUPS.items():
         parts.append(f"\n## {title}\n")
-        for name in names.split():
+        for name in (n for n in names.split() if n in qft.__all__):
             listed.add(name)
             parts += _described(name)
     rest = [name for name in qft.__all__ if name not in listed and name != "errors"]
