@@ -115,6 +115,23 @@ def test_templates_that_cannot_be_used_are_refused():
     assert Chat(tokenizer(None), template="chatml").end == tokenizer().convert_tokens_to_ids("<|im_end|>")
 
 
+def test_a_template_that_is_given_is_saved_and_belongs_to_the_run(model, data, tmp_path):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "t.jinja").write_text(MARKED)
+    call = {
+        "model": model,
+        "data_path": data,
+        "project_name": str(tmp_path / "out"),
+        "chat_template": str(tmp_path / "t.jinja"),
+    }
+    result = qft.train(**call, **quick(max_steps=1))
+    assert AutoTokenizer.from_pretrained(result.adapter).chat_template == MARKED
+    (tmp_path / "t.jinja").write_text(MARKED.replace("user", "person") + " ")
+    with refuses(qft.BadOption, "chat template is another"):
+        qft.train(**call, **quick(max_steps=1))
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [

@@ -96,7 +96,7 @@ class RunFolder:
             if note is None:
                 note = {"format": 1, "qft": qft.__version__, "config": config.to_dict(), "digests": digests}
                 self.write({**note, "state": "clearing"})  # a kill in between leaves nothing to go on with
-                for name in ("adapter", "model", "merged", "logs", *self._all_checkpoints()):
+                for name in ("adapter", "model", "merged", "runs", *self._all_checkpoints()):
                     shutil.rmtree(self.path / name, ignore_errors=True)
                 self.write({**note, "state": "running"})
         except OSError as error:

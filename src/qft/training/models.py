@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qft.errors import BadFolder, QftWarning
+from qft.errors import BadFolder, QftWarning, UnsupportedOperation
 from qft.training.data import _line
 from qft.training.setup import Prepared
 
@@ -142,6 +142,10 @@ def _calibration(prepared: Prepared) -> Any:
     reads = getattr(init, "needs", None) is not None or config.init == "auto"
     if not reads and not any(q.capabilities.needs_calibration for q in quantizers):
         return None
+    if prepared.task == "vision-language":
+        raise UnsupportedOperation(
+            "quantizers and inits that read data are not for vision-language training yet: take nf4, or init='loftq'"
+        )
     rows = prepared.train.rows[: config.calibration_samples]
     return [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
 

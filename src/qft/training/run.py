@@ -131,7 +131,6 @@ def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float) -
     if last is not None:
         log.info("going on from %s", last)
     log.info("%s, %s: %s", config.model, prepared.task, prepared.train.counts)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "logs"))
     set_seed(config.seed)  # of the adapter's start
     model = load_model(prepared)
     trainer = build_trainer(model, prepared, run)

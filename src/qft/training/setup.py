@@ -125,6 +125,8 @@ def _encoder(
     def chat() -> checks.Chat:
         if not made:
             made.append(checks.Chat(tokenizer, config.loss_on, config.chat_template))
+            if config.chat_template is not None:
+                tokenizer.chat_template = made[0].template  # saved beside the adapter: it was trained with this one
         return made[0]
 
     if task == "vision-language":
