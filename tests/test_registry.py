@@ -28,7 +28,7 @@ PUBLIC = {
     "AQLM AWQ AdapterInit Audit AutoRound",
     "BitNet BitsAndBytes4bit BitsAndBytes8bit Calibration Capabilities CompressedTensors EETQ Evaluation FP8 GGUF",
     "GPTQ HQQ INC InitReport LoftQ MXFP4 MergeReport OLoRA PackedLinear PackingCollator PiSSA Plan QERA QERAFull Quanto",
-    "Doctor QuantizedWeight Quantizer QuantizerInfo Reference Statistics TensorQuantizer TorchAO TrainConfig",
+    "Doctor QuantizedWeight Quantizer QuantizerInfo Reference SINQ Statistics TensorQuantizer TorchAO TrainConfig",
     "AutoResult TrainResult TransferReport",
     # errors
     "AdapterMismatch AlreadyQuantized BadFolder BadOption BadShape MissingDependency NeedsCalibration NeedsOriginal",

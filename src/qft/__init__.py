@@ -66,6 +66,7 @@ if _typing.TYPE_CHECKING:
     from qft.backends.mxfp4 import MXFP4
     from qft.backends.quanto import Quanto
     from qft.backends.reference import Reference
+    from qft.backends.sinq import SINQ
     from qft.backends.torchao import TorchAO
     from qft.doctoring import Doctor, doctor
     from qft.evaluation import Evaluation, evaluate
@@ -88,6 +89,7 @@ __all__ = [
     "INC",
     "MXFP4",
     "QERA",
+    "SINQ",
     "AdapterInit",
     "AdapterMismatch",
     "AlreadyQuantized",
@@ -183,6 +185,7 @@ _LAZY = {
     "PackingCollator": "qft.packing",
     "Plan": "qft.memory",
     "Reference": "qft.backends.reference",
+    "SINQ": "qft.backends.sinq",
     "TorchAO": "qft.backends.torchao",
     "TrainConfig": "qft.training.config",
     "TrainResult": "qft.training.run",
