@@ -23,7 +23,7 @@ import typer
 VERBS = Path(__file__).with_name("qft") / "cli"
 QUANTIZERS = (
     "nf4", "fp4", "int8", "aqlm", "awq", "eetq", "auto-round", "bitnet", "compressed-tensors", "fp8", "gguf", "gptq", "hqq",
-    "inc", "mxfp4", "quanto", "torchao", "reference",
+    "inc", "mxfp4", "quanto", "sinq", "torchao", "reference",
 )  # fmt: skip
 """The registry's names, for tab completion, which has no time to import it; a test compares them."""
 EXIT_CODES = "Exit codes: 0 done; 1 refused, with one line that says why; 2 a wrong option; 130 interrupted by Ctrl-C."
