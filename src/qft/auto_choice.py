@@ -21,6 +21,7 @@ from qft.auto_reasons import (
     why_batch,
     why_quantizer,
 )
+from qft.devices import free_bytes
 from qft.errors import BadOption
 from qft.memory import Plan, memory_of, needed
 
@@ -56,16 +57,6 @@ class Choice:
     alone: bool
 
 
-def available(device: Any) -> int:
-    """Bytes that are free on this device now; of a CPU, what the machine can still give."""
-    import psutil
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
 def limit_of(memory: int | str | None, device: Any) -> tuple[int, Decision]:
     """Bytes that the run may take.
 
@@ -73,7 +64,7 @@ def limit_of(memory: int | str | None, device: Any) -> tuple[int, Decision]:
         BadOption: a memory that is no amount.
     """
     where = "the GPU" if device.type == "cuda" else "this machine's RAM" if device.type == "cpu" else str(device)
-    there = available(device)
+    there = free_bytes(device)
     if memory is None:
         return there, Decision("memory", gib(there), f"No memory was given, and so much of {where} is free now.")
     asked = memory_of(memory)

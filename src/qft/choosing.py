@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qft.devices import free_bytes
 from qft.errors import BadOption, QftError, QftWarning, UnsupportedDevice
 from qft.memory import GIB, OUTSIDE, SLACK, memory_limit
 from qft.optimizers import has_states
@@ -30,12 +31,12 @@ _log = logging.getLogger("qft")
 def device_memory(device: torch.device) -> tuple[int, int]:
     """Bytes that this process uses on a device now, and those that it could."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return torch.cuda.memory_allocated(device), free + torch.cuda.memory_reserved(device)
-    import psutil
+        used = torch.cuda.memory_allocated(device)
+    else:
+        import psutil
 
-    used = psutil.Process(os.getpid()).memory_info().rss
-    return used, used + psutil.virtual_memory().available
+        used = psutil.Process(os.getpid()).memory_info().rss
+    return used, used + free_bytes(device)
 
 
 @dataclass(frozen=True)

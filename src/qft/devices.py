@@ -52,6 +52,19 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a device: what is free, what torch holds there without using it, and
+    no more than `torch.cuda.set_per_process_memory_fraction` leaves."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free + held, limit) - used
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def check_device(device: Any) -> torch.device | None:
     """A `torch.device` that exists here and may be used, or None.
 

@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from qft.backends.unquantized import Unquantized
+from qft.devices import free_bytes
 from qft.errors import NonFiniteWeights, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.experts import as_stack, float_experts, stacks
 from qft.guard import brief
@@ -270,16 +271,6 @@ def cast(plain: nn.Module, dtype: torch.dtype) -> None:
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on a device: what is free, and what torch holds there without using it."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    import psutil  # comes with accelerate and PEFT
-
-    return psutil.virtual_memory().available
 
 
 def float_bytes(base: nn.Module, dtype: torch.dtype | None) -> Counter[torch.device]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,7 +238,6 @@ def plan(
     """
     from qft.memory_choice import choose
     from qft.memory_moments import Estimate
-    from qft.optimizing import offload_names
     from qft.quantizer import as_float_dtype
 
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length), ("cards", cards)):
@@ -286,3 +286,42 @@ def plan(
 def memory_limit(memory: Any) -> int | None:
     """Bytes where `memory` is an amount, such as "24GB"; None where it says which blocks keep their activations."""
     return memory_of(memory) if isinstance(memory, str) and memory not in KEEP else None
+
+
+def kept_blocks(memory: Any, total: int) -> frozenset[int] | None:
+    """Indices of the blocks that keep their activations, or None for the model's own choice."""
+    if memory in ("auto", "model"):
+        return None
+    if memory == "least":
+        return frozenset()
+    if memory == "most":
+        return frozenset(range(total))
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
+        count = min(memory, total)
+    elif isinstance(memory, float) and 0 <= memory <= 1:
+        count = round(memory * total)
+    else:
+        raise BadOption(
+            f"memory={memory!r}; it is 'auto', an amount such as '24GB', 'model', 'least', 'most', a number of blocks (an "
+            "int), or a share of them (a float from 0.0 to 1.0)"
+        )
+    return frozenset(range(total - count, total))
+
+
+_OFFLOADS = ("activations", "weights")
+
+
+def offload_names(offload: Any) -> frozenset[str]:
+    """Of "activations" and "weights", what `offload` asks for.
+
+    Raises:
+        BadOption: another value.
+    """
+    if offload is None:
+        return frozenset()
+    names = [offload] if isinstance(offload, str) else offload
+    if names == ["all"]:
+        names = _OFFLOADS
+    if not isinstance(names, Collection) or not names or not all(n in _OFFLOADS for n in names):
+        raise BadOption(f"offload={offload!r}; it is None, 'activations', 'weights', 'all', or a tuple of such names")
+    return frozenset(names)

@@ -13,11 +13,10 @@ from torch import nn
 
 from qft.blocks import find_blocks
 from qft.errors import BadOption, UnsupportedOperation
-from qft.memory import Plan
+from qft.memory import Plan, kept_blocks
 from qft.memory_activations import rounded
 from qft.memory_fakes import Measured, measure, stand_in
 from qft.memory_model import Outline, Weights, outline
-from qft.optimizing import _kept
 from qft.places import BUFFERS
 
 WORKSPACE = 64 * 2**20
@@ -119,7 +118,7 @@ class Estimate:
 
     def plan(self, batch: int, sequence: int, memory: Any, answer: str | None = None) -> Plan:
         found, model = self.measured(batch, sequence), self.outline.model
-        keeps = _kept(memory, len(found.blocks)) or frozenset()
+        keeps = kept_blocks(memory, len(found.blocks)) or frozenset()
         moments, host = self.moments(found, keeps)
         return Plan(
             moments=moments,

@@ -15,7 +15,7 @@ from qft.choosing import Chooser
 from qft.errors import BadOption, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.headless import HeadlessForward, Patch, why_not
 from qft.lora.operator import Sourced
-from qft.memory import memory_limit
+from qft.memory import kept_blocks, memory_limit, offload_names
 from qft.offloading import Checkpoints
 from qft.optimizers import wait_as_before, wait_when_read
 from qft.places import check
@@ -99,7 +99,7 @@ def optimize_training(
     owners = _blocks.find_blocks(model)
     total = sum(len(members) for _, members in owners)
     chooses = _chooses(memory)
-    keeps = None if chooses else _kept(memory, total)
+    keeps = None if chooses else kept_blocks(memory, total)
     offloads, device = _offloads(offload, model)
     members = [block for _, some in owners for block in some]
     if "weights" in offloads:
@@ -176,28 +176,8 @@ def _chooses(memory: Any) -> bool:
     """Whether each batch decides which blocks keep their activations."""
     try:
         return memory == "auto" or memory_limit(memory) is not None
-    except BadOption:  # `_kept` says what it can be
+    except BadOption:  # `kept_blocks` says what it can be
         return False
-
-
-def _kept(memory: Any, total: int) -> frozenset[int] | None:
-    """Indices of the blocks that keep their activations, or None for the model's own choice."""
-    if memory in ("auto", "model"):
-        return None
-    if memory == "least":
-        return frozenset()
-    if memory == "most":
-        return frozenset(range(total))
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
-        count = min(memory, total)
-    elif isinstance(memory, float) and 0 <= memory <= 1:
-        count = round(memory * total)
-    else:
-        raise BadOption(
-            f"memory={memory!r}; it is 'auto', an amount such as '24GB', 'model', 'least', 'most', a number of blocks (an "
-            "int), or a share of them (a float from 0.0 to 1.0)"
-        )
-    return frozenset(range(total - count, total))
 
 
 def _computes(model: nn.Module, compute: Any) -> tuple[list[Sourced], list[str]]:
@@ -277,9 +257,6 @@ _VENDORS = "they compute by their format's own code"
 _EXPERTS = "fused experts have no product of float8 here"
 
 
-_OFFLOADS = ("activations", "weights")
-
-
 def _offloads(offload: Any, model: nn.Module) -> tuple[frozenset[str], torch.device]:
     """What is offloaded, and the device that computes."""
     device = _device(model)
@@ -294,22 +271,6 @@ def _offloads(offload: Any, model: nn.Module) -> tuple[frozenset[str], torch.dev
             "is for CUDA"
         )
     return found, device
-
-
-def offload_names(offload: Any) -> frozenset[str]:
-    """Of "activations" and "weights", what `offload` asks for.
-
-    Raises:
-        BadOption: another value.
-    """
-    if offload is None:
-        return frozenset()
-    names = [offload] if isinstance(offload, str) else offload
-    if names == ["all"]:
-        names = _OFFLOADS
-    if not isinstance(names, Collection) or not names or not all(n in _OFFLOADS for n in names):
-        raise BadOption(f"offload={offload!r}; it is None, 'activations', 'weights', 'all', or a tuple of such names")
-    return frozenset(names)
 
 
 def _language_model(model: nn.Module) -> nn.Module:

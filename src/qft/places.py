@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qft import lanes
+from qft import devices, lanes
 from qft.errors import UnsupportedOperation
 from qft.lora.layer import QftLinear
 from qft.packed import PackedLinear, PackedModule
@@ -109,10 +109,7 @@ def free_bytes(device: torch.device) -> int | None:
     """What this process may still allocate there; None where nobody counts (CPU)."""
     if device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    cap = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return min(free + held - used, cap - used)
+    return devices.free_bytes(device)
 
 
 def spread(total: int, streamed: int) -> list[int]:
