@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import run_python
+from on_device import DEVICE, FLOATS, INTERPRETED, on_device, recorded
 from torch import nn
 
 import qft
@@ -35,26 +36,11 @@ from qft.feedback import with_feedback
 from qft.kernels import dequantize, rounding
 from qft.kernels import launch as launching
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
-
 
 @pytest.fixture
 def launched(monkeypatch):
     """The programs that ran, in order."""
-    ran = []
-
-    def launch(program, *args, **kwargs):
-        done = launching.launch(program, *args, **kwargs)
-        if done:
-            ran.append(program)
-        return done
-
-    monkeypatch.setattr(dequantize, "launch", launch)
-    return ran
+    return recorded(monkeypatch, dequantize)
 
 
 def twin(quantizer, packed, **kwargs):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from on_device import DEVICE, FLOATS, INTERPRETED, on_device, recorded
 
 from qft import kernels
 from qft.backends.bnb import BitsAndBytes4bit
@@ -14,26 +15,11 @@ from qft.backends.reference import Reference
 from qft.kernels import float8
 from qft.kernels import launch as launching
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
-
 
 @pytest.fixture
 def launched(monkeypatch):
     """The programs that ran, in order."""
-    ran = []
-
-    def launch(program, *args, **kwargs):
-        done = launching.launch(program, *args, **kwargs)
-        if done:
-            ran.append(program)
-        return done
-
-    monkeypatch.setattr(float8, "launch", launch)
-    return ran
+    return recorded(monkeypatch, float8)
 
 
 def twin(function, *args):
