@@ -270,7 +270,7 @@ def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor], liger: b
     with torch.autocast("cpu", enabled=False):
         if liger:
             return _AsLiger.apply(flat, weight)
-        return _LinearCrossEntropy.apply(flat, weight, None, Targets(ids.reshape(-1), None), LogitScaling(), True)
+        return _LinearCrossEntropy.apply(flat, weight, None, Targets(ids.reshape(-1)), LogitScaling(), True)
 
 
 class _AsLiger(torch.autograd.Function):
