@@ -7,16 +7,18 @@ from typing import Annotated
 
 import typer
 
+from qft_cli import AsJson, Base, Device
+
 
 def command(
     folder: Annotated[str, typer.Argument(help="Of a quantized model, or of an adapter.")],
-    base: Annotated[str | None, typer.Option(help="Of an adapter.", show_default="what it names")] = None,
+    base: Base = None,
     original: Annotated[str | None, typer.Option(help="The float model: adds the error of each weight.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Texts, .jsonl or .txt: adds activations, and errors of outputs.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, xpu, mps, cpu.", show_default="what there is")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Weigh a quantized model: bits a weight, what stayed float and why, errors layer by layer."""
     import qft

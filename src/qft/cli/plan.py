@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qft_cli import complete_quantizer
+from qft_cli import AsJson, complete_quantizer
 
 
 def command(
@@ -30,7 +30,7 @@ def command(
     loading: Annotated[str, typer.Option(help="folder: streamed; memory: quantized in place.")] = "folder",
     cards: Annotated[int, typer.Option(min=1, help="Shard over so many.")] = 1,
     plain: Annotated[bool, typer.Option("--plain", help="Without qft.optimize_training.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Count the memory that a fine-tune takes, before any is spent. Exits with 1 where --memory is too little."""
     from peft import LoraConfig
