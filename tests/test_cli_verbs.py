@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import qft
 import qft_cli
-from qft import doctoring, opening, registry, saving, storing
+from qft import doctoring, opening, paths, registry, saving, storing
 from qft.cli import _common
 
 VERBS = ("audit", "backends", "doctor", "export", "merge", "plan", "quantize")
@@ -268,6 +268,15 @@ def test_a_wrong_path_gets_near_names(folder, tmp_path):
     refused("plan", folder / "confg.json", says="config.json")
     refused("quantize", "some/model-of-nobody", tmp_path / "q", says="some/model-of-nobody")
     refused("quantize", tmp_path, tmp_path / "q", says="config.json")
+
+
+def test_an_id_of_the_hub_is_not_taken_for_a_near_name(folder, tmp_path, monkeypatch):
+    (tmp_path / "Qwen" / "Qwen3-4B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert paths.check_model_path("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    monkeypatch.chdir(folder.parent)
+    assert paths.check_model_path("smalll") == "smalll"
+    refused("quantize", "smalll", tmp_path / "q", says=["no model of that id", "did you mean small?"])  # once asked for
 
 
 def test_models_that_are_not_for_quantize(folder, adapter, quantized, tmp_path):

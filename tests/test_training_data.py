@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from helpers import refuses
@@ -267,6 +268,14 @@ def test_options_that_do_not_go_together_are_refused_before_a_model_is_loaded(mo
     with refuses(error, *says):
         qft.train(**{"model": model, "data_path": path, "project_name": str(tmp_path / "out"), **quick(), **changes})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_gets_near_names(model, tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", chats())
+    shutil.copytree(model, tmp_path / "models" / "one")
+    for place, says in ((tmp_path / "models" / "onne", "there is no folder"), (tmp_path / "models", "config.json")):
+        with refuses(qft.BadFolder, says, f"did you mean {tmp_path / 'models' / 'one'}?"):
+            qft.train(model=str(place), data_path=path, project_name=str(tmp_path / "out"), **quick())
 
 
 def test_generation_that_stops_elsewhere_is_said(tmp_path):

@@ -24,14 +24,15 @@ def command(
     import qft
     from qft.cli._common import answering
     from qft.errors import BadFolder
-    from qft.opening import check_path, open_model, read_texts, read_tokenizer
+    from qft.opening import find_tokenizer, open_model, read_texts
+    from qft.paths import check_model_path
 
     with answering(as_json) as answer:
-        float_model = None if original is None else check_path(original)
+        float_model = None if original is None else check_model_path(original)
         tokenizer = texts = None
         if data is not None:
             model_of = base or original or folder
-            tokenizer = read_tokenizer(folder) or read_tokenizer(model_of)
+            tokenizer = find_tokenizer(folder, model_of)
             texts = read_texts(data, tokenizer)
             if tokenizer is None:
                 raise BadFolder(f"{model_of} holds no tokenizer that can be read, and --data is texts")

@@ -37,14 +37,14 @@ def command(
 
     import qft
     from qft.cli._common import answering
-    from qft.opening import check_path
+    from qft.paths import check_path
 
     targets = target_modules if "," not in target_modules else [t.strip() for t in target_modules.split(",")]
     if targets != "all-linear" and isinstance(targets, str):
         targets = [targets]
     with answering(as_json) as answer:
         plan = qft.plan(
-            check_path(model),
+            check_path(model, "file or folder"),
             quantizer,
             sequence_length=sequence_length,
             batch_size=batch_size,
