@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch import nn
 
 from qft import hf
 from qft.devices import check_device, place
-from qft.errors import BadFolder, BadOption, NeedsCalibration
+from qft.errors import BadFolder, BadOption
 from qft.loading import load_quantized, read_config, stored_quantization
-from qft.paths import check_model_path, check_path, is_adapter
+from qft.paths import check_model_path, is_adapter
 from qft.registry import from_config
 from qft.restoring import _strict_load, check_adapter_files, load
 from qft.saving import read_note
@@ -104,64 +103,4 @@ def find_tokenizer(*places: str | os.PathLike[str] | None, strict: bool = False)
             if strict and local:
                 line = " ".join(str(error).split())[:200]
                 raise BadFolder(f"cannot load a tokenizer from {folder}: {line}") from error
-    return None
-
-
-def read_texts(path: str | os.PathLike[str], tokenizer: Any = None) -> list[str]:
-    """The texts of a .jsonl file, one a line, or of a text file, one a paragraph.
-
-    A line of JSON is a string, or an object with `text`, with `prompt` and `completion`, or with `messages`, which the
-    tokenizer's chat template joins where it has one.
-
-    Raises:
-        BadFolder: the file cannot be read. BadOption: a line that is none of these, by its number.
-        NeedsCalibration: it holds no text.
-    """
-    file = Path(check_path(path, "file", hub=False))
-    try:
-        content = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadFolder(f"{file} is no text in UTF-8: {error}") from error
-    except OSError as error:
-        raise BadFolder(f"cannot read {file}: {error.strerror or error}") from error
-    lines = file.suffix in (".jsonl", ".json", ".ndjson")
-    texts = list(_json_texts(file, content, tokenizer)) if lines else [t for t in content.split("\n\n") if t.strip()]
-    if not any(text.strip() for text in texts):
-        raise NeedsCalibration(f"{file} holds no text")
-    return texts
-
-
-def _json_texts(file: Path, content: str, tokenizer: Any) -> Iterator[str]:
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise BadOption(f"{file}, line {number}, is no JSON: {error}") from error
-        text = _text(row, tokenizer)
-        if text is None:
-            keys = (
-                f"an object with {', '.join(map(str, row)) or 'nothing'}" if isinstance(row, dict) else repr(row)[:40]
-            )
-            raise BadOption(
-                f"{file}, line {number}, is {keys}: it wants a string, or text, prompt and completion, or messages"
-            )
-        yield text
-
-
-def _text(row: Any, tokenizer: Any) -> str | None:
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, dict):
-        return None
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        return row["prompt"] + row["completion"]
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages and all(isinstance(m, dict) and "content" in m for m in messages):
-        if getattr(tokenizer, "chat_template", None):
-            return tokenizer.apply_chat_template(messages, tokenize=False)
-        return "\n".join(str(m["content"]) for m in messages)
     return None

@@ -19,12 +19,13 @@ from qft.errors import BadFolder, BadOption, NeedsCalibration, UnsupportedOperat
 from qft.exporting import FORMATS, export, no_progress_bar
 from qft.loading import check_files, stored_quantization
 from qft.merging import merge
-from qft.opening import base_of, find_tokenizer, open_model, read_texts
+from qft.opening import base_of, find_tokenizer, open_model
 from qft.outputs import check_output, merged_size, quantized_size
 from qft.paths import check_model_path, is_adapter
 from qft.quantizer import as_float_dtype
 from qft.quantizing import quantize
 from qft.registry import parse_spec
+from qft.rows import read_texts
 from qft.saving import atomic_folder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
@@ -71,7 +72,7 @@ def quantize_folder(
     Args:
         model: its folder, or an id of the hub.
         folder: to write; an existing one that is not empty only with `overwrite`.
-        calibration: a file of texts, as `qft.opening.read_texts` takes it.
+        calibration: a file of texts, as `qft.rows.read_texts` takes it.
         (the others): as `qft.quantize` takes them.
 
     Raises:

@@ -15,7 +15,8 @@ def command(
     base: Base = None,
     original: Annotated[str | None, typer.Option(help="The float model: adds the error of each weight.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Texts, .jsonl or .txt: adds activations, and errors of outputs.")
+        Path | None,
+        typer.Option(help="Texts (jsonl, json, csv, parquet, txt): adds activations, and errors of outputs."),
     ] = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -24,8 +25,9 @@ def command(
     import qft
     from qft.cli._common import answering
     from qft.errors import BadFolder
-    from qft.opening import find_tokenizer, open_model, read_texts
+    from qft.opening import find_tokenizer, open_model
     from qft.paths import check_model_path
+    from qft.rows import read_texts
 
     with answering(as_json) as answer:
         float_model = None if original is None else check_model_path(original)

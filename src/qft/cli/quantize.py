@@ -17,7 +17,7 @@ def command(
         str, typer.Option(help="Its name, with options: 'nf4', 'hqq:bits=3'.", autocompletion=complete_quantizer)
     ] = "nf4",
     calibration: Annotated[
-        Path | None, typer.Option(help="Texts for quantizers that need data: .jsonl, a text a line, or .txt.")
+        Path | None, typer.Option(help="Texts for quantizers that need data: jsonl, json, csv, parquet; or txt.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays float.")] = "auto",
     device: Device = None,

@@ -16,9 +16,10 @@ import torch
 from qft.errors import BadFolder, BadOption, MissingDependency, QftWarning, UnsupportedDevice
 from qft.loading import read_config
 from qft.paths import check_model_path
+from qft.rows import Rows
 from qft.training import checks, encoding
 from qft.training.config import TrainConfig
-from qft.training.data import Rows, _line, held_out, read_data
+from qft.training.data import _line, held_out, read_data
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
