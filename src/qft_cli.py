@@ -28,6 +28,15 @@ QUANTIZERS = (
 """The registry's names, for tab completion, which has no time to import it; a test compares them."""
 EXIT_CODES = "Exit codes: 0 done; 1 refused, with one line that says why; 2 a wrong option; 130 interrupted by Ctrl-C."
 
+# options that several verbs take
+Base = Annotated[str | None, typer.Option(help="The base model of an adapter.", show_default="what it names")]
+Original = Annotated[str | None, typer.Option(help="The float model: its weights are taken, not the dequantized ones.")]
+FloatDtype = Annotated[str | None, typer.Option(help="Of the floats.", show_default="the base's")]
+Device = Annotated[str | None, typer.Option(help="cuda, xpu, mps, cpu.", show_default="what there is")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the weights in an existing folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, and say what would be written.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
 
 def complete_quantizer(incomplete: str) -> list[str]:
     """Names of quantizers that begin so."""

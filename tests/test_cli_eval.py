@@ -65,7 +65,7 @@ def test_dry_run_loads_and_writes_nothing(place, tmp_path):
         (["."], 1, "neither a model"),
         (["adapter", "--data", "nowhere.jsonl"], 1, "there is no file"),
         (["adapter", "--data", "empty.jsonl"], 1, "empty.jsonl is empty"),
-        (["adapter", "--data", "broken.jsonl"], 1, "broken.jsonl, line 2: not JSON"),
+        (["adapter", "--data", "broken.jsonl"], 1, "broken.jsonl line 2: broken JSON"),
         (["adapter", "--data", "float"], 1, "is a folder"),
         (["adapter", "--data", "held.jsonl", "--baseline", "no/such/model"], 1, "there is no folder"),
         (["adapter", "--data", "held.jsonl", "--report", "no/r.html"], 1, "there is no folder"),

@@ -1,5 +1,6 @@
 """The verbs that plan, quantize, merge, export and look, as a person at a shell meets them; most of it in this process."""
 
+import csv
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
@@ -20,8 +22,9 @@ from typer.testing import CliRunner
 
 import qft
 import qft_cli
-from qft import doctoring, opening, registry, saving, storing
+from qft import doctoring, opening, paths, registry, saving, storing
 from qft.cli import _common
+from qft.rows import read_texts
 
 VERBS = ("audit", "backends", "doctor", "export", "merge", "plan", "quantize")
 
@@ -222,11 +225,50 @@ def test_calibration_from_a_file(folder, tmp_path):
     assert torch.isfinite(logits(opening.open_model(tmp_path / "q", device="cpu"))).all()  # without gptqmodel, too
 
 
+@pytest.mark.parametrize("ending", ["json", "csv", "tsv", "parquet", "txt"])
+def test_calibration_files_of_every_format(folder, tmp_path, ending, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # of training alone
+    texts = ["one, two", 'three "four"\nfive', "sechs, sieben: ü"]
+    file, rows = tmp_path / f"data.{ending}", [{"text": text, "id": i} for i, text in enumerate(texts)]
+    if ending == "txt":
+        file.write_bytes("\r\n\r\n".join(texts).encode("utf-8-sig"))
+    elif ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    elif ending == "json":
+        file.write_text(json.dumps({"note": "a [b]", "data": rows}))
+    else:
+        with open(file, "w", newline="") as stream:
+            writer = csv.DictWriter(stream, ["text", "id"], delimiter="\t" if ending == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    assert read_texts(file) == texts
+    if ending in ("csv", "parquet"):
+        words = ("--quantizer", "gptq:group_size=32", "--device", "cpu", "--calibration")
+        run("quantize", folder, tmp_path / "q", *words, file)
+        same = tmp_path / "same.jsonl"
+        same.write_text("".join(json.dumps(text) + "\n" for text in texts))
+        run("quantize", folder, tmp_path / "same", *words, same)
+        assert listing(tmp_path / "q") == listing(tmp_path / "same")
+
+
+def test_a_conversation_is_the_same_text_from_every_format(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "c"}]
+    (tmp_path / "d.csv").write_text("messages\n" + '"' + json.dumps(messages).replace('"', '""') + '"\n')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "d.parquet")
+    (tmp_path / "d.json").write_text(json.dumps({"messages": messages}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    for template in (None, "{% for m in messages %}{{ m.keys() | list }}{% endfor %}"):
+        tokenizer.chat_template = template
+        found = {ending: read_texts(tmp_path / f"d.{ending}", tokenizer) for ending in ("csv", "parquet", "json")}
+        assert found["csv"] == found["parquet"] == found["json"], found
+    assert found["csv"] == ["['role', 'content']['role', 'content', 'name']"]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('"good"\n{"text": "x"\n', "line 2, is no JSON"),
-        ('"good"\n\n{"body": "x"}\n', "line 3, is an object with body"),
+        ('"good"\n{"text": "x"\n', "data.jsonl line 2: broken JSON"),
+        ('"good"\n\n{"body": "x"}\n', "line 3: has body, and a row has"),
         ("[1]\n", "line 1"),
         ("", "holds no text"),
         ('{"text": " "}\n', "holds no text"),
@@ -245,6 +287,11 @@ def test_calibration_files_that_are_none(folder, tmp_path):
     refused(*words, tmp_path / "texts.jsonl", says="UTF-8")
     refused(*words, tmp_path / "text.jsonl", says=["there is no", "texts.jsonl"])
     refused(*words, tmp_path, says="cannot read")
+    (tmp_path / "texts.parquet").write_bytes(b"PAR1nonsense")
+    refused(*words, tmp_path / "texts.parquet", says="is no parquet file")
+    (tmp_path / "texts.csv").write_text("text,id\na,1\nb\n")
+    refused(*words, tmp_path / "texts.csv", says="texts.csv line 3: fewer values")
+    refused(*words, folder / "config.yaml", says=["there is no file", "config.json"])
 
 
 @pytest.mark.parametrize(
@@ -268,6 +315,15 @@ def test_a_wrong_path_gets_near_names(folder, tmp_path):
     refused("plan", folder / "confg.json", says="config.json")
     refused("quantize", "some/model-of-nobody", tmp_path / "q", says="some/model-of-nobody")
     refused("quantize", tmp_path, tmp_path / "q", says="config.json")
+
+
+def test_an_id_of_the_hub_is_not_taken_for_a_near_name(folder, tmp_path, monkeypatch):
+    (tmp_path / "Qwen" / "Qwen3-4B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert paths.check_model_path("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    monkeypatch.chdir(folder.parent)
+    assert paths.check_model_path("smalll") == "smalll"
+    refused("quantize", "smalll", tmp_path / "q", says=["no model of that id", "did you mean small?"])  # once asked for
 
 
 def test_models_that_are_not_for_quantize(folder, adapter, quantized, tmp_path):

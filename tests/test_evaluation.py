@@ -210,6 +210,7 @@ def test_labels_say_which_ids_count():
         ({"question": "x"}, "has question, and a row has"),
         ({"text": 5}, "text is a int"),
         ({"prompt": "x", "completion": None}, "completion is missing"),
+        ({"prompt": None, "completion": "x"}, "prompt is missing"),
         ("", "no token to predict"),
         ("a", "no token to predict"),
         ({"messages": []}, "not empty"),
@@ -402,31 +403,50 @@ def test_modules_of_ones_own():
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def test_every_format_gives_the_same_rows(tmp_path):
+def test_every_format_gives_the_same_rows(tmp_path, monkeypatch):
     import pandas
 
+    monkeypatch.setitem(sys.modules, "datasets", None)  # of training alone
     values = [{"prompt": "a", "completion": "b,\nc"}, {"prompt": "ü", "completion": '"d"'}]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(json.dumps(v) for v in values))
     (tmp_path / "a.json").write_text(json.dumps(values))
     pandas.DataFrame(values).to_csv(tmp_path / "a.csv", index=False)
     pandas.DataFrame(values).to_parquet(tmp_path / "a.parquet")
-    for ending in ("jsonl", "json", "csv", "parquet"):
-        assert [r.value for r in rows(tmp_path / f"a.{ending}")] == values, ending
+    pandas.DataFrame(values).to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    (tmp_path / "wrapped.json").write_text(json.dumps({"data": values}))
+    (tmp_path / "lines.json").write_text("\n".join(json.dumps(v) for v in values))
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet", "a.tsv", "wrapped.json", "lines.json"):
+        assert [r.value for r in rows(tmp_path / name)] == values, name
+    (tmp_path / "one.json").write_text(json.dumps(values[0]))
+    (tmp_path / "ids.jsonl").write_text("[5, 6, 7]\n[8, 9]\n")
+    assert [r.value for r in rows(tmp_path / "one.json")] == values[:1]
+    assert [s.ids for s in sequences(rows(tmp_path / "ids.jsonl"), None, length=8)] == [[5, 6, 7], [8, 9]]
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     assert [r.value for r in rows(str(tmp_path / "a.txt"))] == ["one\ntwo\n"]
+
+
+def test_a_chat_is_the_same_tokens_from_every_format(tmp_path):
+    import pandas
+
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", "name": "x"}]
+    pandas.DataFrame({"messages": [json.dumps(chat)]}).to_csv(tmp_path / "a.csv", index=False)
+    pandas.DataFrame({"messages": [chat]}).to_parquet(tmp_path / "a.parquet")
+    template = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}{{ '!' if 'name' in m }}")
+    for row in (rows(tmp_path / "a.csv")[0].value, rows(tmp_path / "a.parquet")[0].value, {"messages": chat}):
+        assert counted(row, template) == ("<u>hi;<a>yo!;", "_________yo!;")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: broken JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n\xff\n', "line 3: not UTF-8"),
-        ("a.jsonl", b"[1]\n", "line 1: a list"),
+        ("a.jsonl", b"3\n", "line 1: a row is an object with messages"),
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b"\n\n", "has no rows"),
         ("a.txt", b" \n", "has no rows"),
-        ("a.json", b'{"text": "x"}', "holds a dict"),
-        ("a.json", b'{"text": "x"}\n{"text": "y"}', "ends in .jsonl"),
+        ("a.json", b"3", "JSON list of objects, not int"),
+        ("a.json", b'[{"text": "x"},\n3]', "line 2: a row is"),
         ("a.csv", b"text\n", "has no rows"),
         ("a.csv", b"text,id\na,1\nb\n", "line 3: fewer values"),
         ("a.csv", b"text\na,1\n", "line 2: more values"),

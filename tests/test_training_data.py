@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from helpers import refuses
@@ -88,7 +89,7 @@ ROWS = [{"text": "one, two", "label": "a"}, {"text": 'three "four"\nfive', "labe
 def files(tmp_path):
     write_jsonl(tmp_path / "d.jsonl", ROWS)
     (tmp_path / "d.json").write_text(json.dumps(ROWS, indent=1))
-    (tmp_path / "wrapped.json").write_text(json.dumps({"data": ROWS}))
+    (tmp_path / "wrapped.json").write_text(json.dumps({"note": "a [b]", "data": ROWS}))
     with open(tmp_path / "d.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["text", "label"])
         writer.writeheader()
@@ -110,10 +111,11 @@ def test_every_format_gives_the_same_rows(files, name):
 
 def test_places_are_lines_of_the_file(files):
     rows, _ = read_data(str(files / "d.csv"))
-    assert [rows.where(i) for i in range(2)] == ["d.csv line 2", "d.csv line 3"]
+    assert [rows.where(i) for i in range(2)] == [f"{files}/d.csv line 2", f"{files}/d.csv line 3"]
     rows, _ = read_data(str(files / "d.json"))
-    assert [rows.where(i) for i in range(2)] == ["d.json line 2", "d.json line 6"]
-    assert read_data(str(files / "d.parquet"))[0].where(1) == "d.parquet row 2"
+    assert [rows.where(i) for i in range(2)] == [f"{files}/d.json line 2", f"{files}/d.json line 6"]
+    assert read_data(str(files / "d.parquet"))[0].where(1) == f"{files}/d.parquet row 2"
+    assert read_data(str(files / "wrapped.json"))[0].where(1) == f"{files}/wrapped.json row 2"
 
 
 def test_folders_with_files_and_splits(tmp_path):
@@ -141,7 +143,7 @@ def test_a_broken_line_is_named_and_the_rest_is_untouched(tmp_path):
         read_data(str(path))
     rows, _ = read_data(str(path), skip_bad_rows=True)
     assert list(rows.rows) == chats(3) and rows.lines == [1, 4, 6]
-    assert [s.split(":")[0] for s in rows.skipped] == ["d.jsonl line 3", "d.jsonl line 5"]
+    assert [s.split(":")[0] for s in rows.skipped] == [f"{path} line 3", f"{path} line 5"]
 
 
 def test_broken_csv_rows(tmp_path):
@@ -175,6 +177,10 @@ def test_files_that_cannot_be_used(tmp_path, name, content, says):
 def test_paths_that_are_not_there(tmp_path):
     with refuses(qft.BadFolder, "no-such.jsonl"):
         read_data(str(tmp_path / "no-such.jsonl"))
+    write_jsonl(tmp_path / "some-such.jsonl", chats(1))
+    with refuses(qft.BadFolder, "did you mean", "some-such.jsonl?"):
+        read_data(str(tmp_path / "no-such.jsonl"))
+    (tmp_path / "some-such.jsonl").unlink()
     with refuses(qft.BadOption, "no data files"):
         read_data(str(tmp_path))
     (tmp_path / "d.txt").write_text("x")
@@ -227,7 +233,7 @@ def test_a_row_that_cannot_be_used_is_named_or_skipped(model, tmp_path, row, say
     assert not (tmp_path / "out").exists()
     prepared = prepare(qft.TrainConfig(model, path, skip_bad_rows=True, **quick()))
     assert prepared.train.counts.rows == 2 and prepared.train.counts.skipped == 1
-    assert prepared.train.skipped[0].startswith("d.jsonl line 2")
+    assert prepared.train.skipped[0].startswith(f"{path} line 2")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +273,14 @@ def test_options_that_do_not_go_together_are_refused_before_a_model_is_loaded(mo
     with refuses(error, *says):
         qft.train(**{"model": model, "data_path": path, "project_name": str(tmp_path / "out"), **quick(), **changes})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_gets_near_names(model, tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", chats())
+    shutil.copytree(model, tmp_path / "models" / "one")
+    for place, says in ((tmp_path / "models" / "onne", "there is no folder"), (tmp_path / "models", "config.json")):
+        with refuses(qft.BadFolder, says, f"did you mean {tmp_path / 'models' / 'one'}?"):
+            qft.train(model=str(place), data_path=path, project_name=str(tmp_path / "out"), **quick())
 
 
 def test_generation_that_stops_elsewhere_is_said(tmp_path):

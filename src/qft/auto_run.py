@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qft.auto_choice import Choice, Decision
+from qft.opening import open_model
 from qft.training.setup import Prepared
 
 WARM_UP, TIMED = 1, 3
@@ -105,7 +106,6 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
     import qft
     from qft.auto_report import write_report
     from qft.autopilot import AutoResult
-    from qft.evaluation import sources
     from qft.training.config import TrainConfig
     from qft.training.models import float_dtype
 
@@ -126,9 +126,9 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
     dtype, notes = float_dtype(prepared), list(trained.findings)
     perplexity: dict[str, float] = {}
     drift: dict[str, dict[str, float]] = {}
-    tuned = sources.open_model(trained.adapter, prepared.device, dtype)
+    tuned = open_model(trained.adapter, device=prepared.device, dtype=dtype, floats=True)
     beside, alone = note["beside"], note["alone"]
-    base = sources.open_model(config.model, prepared.device, dtype) if beside else None
+    base = open_model(config.model, device=prepared.device, dtype=dtype, floats=True) if beside else None
     after = _evaluate(tuned, prepared, config, baseline=base if base is not None else False)
     if after.weights is not None:
         nbytes["quantized model with its adapter"] = after.weights.nbytes
@@ -139,7 +139,7 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
     del base
     _free()
     if beside:
-        merged = sources.open_model(trained.merged, prepared.device, dtype)
+        merged = open_model(trained.merged, device=prepared.device, dtype=dtype, floats=True)
         found = _evaluate(merged, prepared, config, baseline=tuned)
         perplexity["merged"], drift["merging"] = found.perplexity, _drift(found.drift)
         del merged, tuned
@@ -149,7 +149,7 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
         notes.append("the float model does not fit beside the quantized one, so drift was not measured")
         if alone:
             for name, place in (("before", config.model), ("merged", trained.merged)):
-                model = sources.open_model(place, prepared.device, dtype)
+                model = open_model(place, device=prepared.device, dtype=dtype, floats=True)
                 perplexity[name] = _evaluate(model, prepared, config, baseline=False).perplexity
                 del model
                 _free()

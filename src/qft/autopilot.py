@@ -14,6 +14,8 @@ from qft.auto_choice import Choice, choose, held_out_share, limit_of
 from qft.auto_folder import SMOLLM, base_of, check_digests, check_folder, write_note
 from qft.auto_reasons import Decision
 from qft.errors import BadOption, QftWarning, UnsupportedOperation
+from qft.loading import read_config
+from qft.paths import check_model_path
 
 _UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
 
@@ -228,9 +230,8 @@ def _prepare(config: Any, asked: dict[str, Any]) -> Any:
 
 def _check_task(train: Any, config: Any) -> None:
     from qft.training.encoding import recognise
-    from qft.training.setup import _model_config
 
-    task, _ = recognise(train.columns, _model_config(config.model), config)
+    task, _ = recognise(train.columns, read_config(check_model_path(config.model), {}), config)
     if task != "causal-lm":
         raise UnsupportedOperation(
             f"qft auto is for causal language models, and this model and data are {task}: use qft train, which does it"

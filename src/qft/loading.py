@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qft import hf, marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
 from qft.experts import as_stack, pack_parameter
+from qft.paths import did_you_mean
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
 from qft.registry import file_reader, folder_reader, quantizer_of
 from qft.selection import Selection, select, settle, target_weights
@@ -316,7 +317,8 @@ def read_config(path: str, options: Mapping[str, Any]) -> Any:
             file = where / (options.get("gguf_file") or "config.json")
             raise BadFolder(f"{file} is no model config that can be read: {_line(error)}") from error
         raise BadFolder(
-            f"cannot read a model from {path}: there is no such folder, and no model of that id in the cache or on the hub"
+            f"cannot read a model from {path}: there is no such folder, and no model of that id in the cache or on the hub "
+            f"({_line(error)}){did_you_mean(path)}"
         ) from error
 
 

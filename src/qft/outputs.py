@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +13,9 @@ from torch import nn
 from qft.errors import BadFolder
 from qft.loading import model_class, read_config
 from qft.memory_model import weight_bytes
-from qft.opening import check_path, is_adapter
+from qft.paths import check_path
 from qft.quantizer import as_float_dtype, float_weight
 from qft.registry import get_quantizer
-from qft.restoring import check_adapter_files
 from qft.saving import as_path, read_note
 from qft.selection import select, settle, target_weights
 
@@ -84,16 +81,6 @@ def quantized_size(path: str, spec: Any, skip: Any, dtype: Any) -> int:
     left = sum(p.numel() for p in model.parameters())
     left -= sum(w.numel() for w in target_weights(model, selection).values())
     return codes + left * itemsize
-
-
-def base_of(source: str, base: str | None) -> str | None:
-    """The folder or id whose config is that of the merged model, or None where nothing names it."""
-    if base is not None or not is_adapter(source):
-        return base or source
-    check_adapter_files(Path(source))
-    if (Path(source) / "base" / "config.json").is_file():
-        return str(Path(source) / "base")
-    return json.loads((Path(source) / "adapter_config.json").read_text()).get("base_model_name_or_path")
 
 
 def merged_size(source: str, base: str, into: str, dtype: torch.dtype | None) -> int:

@@ -19,11 +19,13 @@ from qft.errors import BadFolder, BadOption, NeedsCalibration, UnsupportedOperat
 from qft.exporting import FORMATS, export, no_progress_bar
 from qft.loading import check_files, stored_quantization
 from qft.merging import merge
-from qft.opening import check_path, is_adapter, open_model, read_texts, read_tokenizer, refuse_parent
-from qft.outputs import base_of, check_output, merged_size, quantized_size
+from qft.opening import base_of, find_tokenizer, open_model
+from qft.outputs import check_output, merged_size, quantized_size
+from qft.paths import check_model_path, is_adapter
 from qft.quantizer import as_float_dtype
 from qft.quantizing import quantize
 from qft.registry import parse_spec
+from qft.rows import read_texts
 from qft.saving import atomic_folder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
@@ -70,14 +72,14 @@ def quantize_folder(
     Args:
         model: its folder, or an id of the hub.
         folder: to write; an existing one that is not empty only with `overwrite`.
-        calibration: a file of texts, as `qft.opening.read_texts` takes it.
+        calibration: a file of texts, as `qft.rows.read_texts` takes it.
         (the others): as `qft.quantize` takes them.
 
     Raises:
         UnsupportedOperation: a quantizer whose models cannot be stored.
         BadFolder: the paths, a full disk. What `qft.quantize` raises. Nothing was written.
     """
-    source = check_path(model)
+    source = check_model_path(model)
     spec = parse_spec(quantizer)
     chosen = [q for q in spec.quantizers.values() if q is not None]
     for q in chosen:
@@ -90,7 +92,7 @@ def quantize_folder(
         raise BadOption(f"{source} holds an adapter: give its base model, or qft merge to merge the two")
     if stored := stored_quantization(source, {}):
         raise BadOption(f"{source} is quantized already ({stored}): give the float model")
-    tokenizer, texts = read_tokenizer(source), None
+    tokenizer, texts = find_tokenizer(source), None
     if calibration is not None:
         texts = read_texts(calibration, tokenizer)
         if tokenizer is None:
@@ -149,7 +151,7 @@ def merge_folder(
         raise BadOption(f"into={into!r}; it is 'float' or 'quantized'")
     if into == "quantized" and dtype is not None:
         raise BadOption("dtype is of floats, and the merge goes into the quantized weights: leave it out")
-    source = check_path(adapter, "an adapter")
+    source = check_model_path(adapter)
     if os.path.isdir(source) and (Path(source) / "config.json").is_file() and not is_adapter(source):
         raise BadOption(f"{source} holds a model and no adapter: qft export writes its weights as floats")
     return _from_adapter(
@@ -176,7 +178,7 @@ def export_folder(
     """
     if format not in FORMATS:
         raise BadOption(f"format={format!r} is not known; the formats are {', '.join(FORMATS)}")
-    source = check_path(source, "an adapter or of a quantized model")
+    source = check_model_path(source)
     return _from_adapter(
         source, folder, base, "float", format, dtype, original, device, overwrite, dry_run, f"floats, as {format}"
     )
@@ -190,8 +192,7 @@ def _from_adapter(
     check_device(device)
     for path in (base, original):
         if path is not None:
-            check_path(path)
-    refuse_parent(source)
+            check_model_path(path)
     named = base_of(source, base)
     if named is None and dry_run:
         raise BadFolder(f"{source} does not name its base model: give --base")
@@ -200,7 +201,7 @@ def _from_adapter(
     if dry_run:
         return Written(os.fspath(folder), nbytes, what, True)
     model = open_model(source, base, device=device)
-    tokenizer = read_tokenizer(source) or read_tokenizer(named)
+    tokenizer = find_tokenizer(source, named)
     if into == "float":
         report = export(model, folder, dtype=dtype, original=original, format=format, tokenizer=tokenizer)
         return _written(folder, what, _summary(report))

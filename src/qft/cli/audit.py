@@ -7,29 +7,34 @@ from typing import Annotated
 
 import typer
 
+from qft_cli import AsJson, Base, Device
+
 
 def command(
     folder: Annotated[str, typer.Argument(help="Of a quantized model, or of an adapter.")],
-    base: Annotated[str | None, typer.Option(help="Of an adapter.", show_default="what it names")] = None,
+    base: Base = None,
     original: Annotated[str | None, typer.Option(help="The float model: adds the error of each weight.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Texts, .jsonl or .txt: adds activations, and errors of outputs.")
+        Path | None,
+        typer.Option(help="Texts (jsonl, json, csv, parquet, txt): adds activations, and errors of outputs."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, xpu, mps, cpu.", show_default="what there is")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Weigh a quantized model: bits a weight, what stayed float and why, errors layer by layer."""
     import qft
     from qft.cli._common import answering
     from qft.errors import BadFolder
-    from qft.opening import check_path, open_model, read_texts, read_tokenizer
+    from qft.opening import find_tokenizer, open_model
+    from qft.paths import check_model_path
+    from qft.rows import read_texts
 
     with answering(as_json) as answer:
-        float_model = None if original is None else check_path(original)
+        float_model = None if original is None else check_model_path(original)
         tokenizer = texts = None
         if data is not None:
             model_of = base or original or folder
-            tokenizer = read_tokenizer(folder) or read_tokenizer(model_of)
+            tokenizer = find_tokenizer(folder, model_of)
             texts = read_texts(data, tokenizer)
             if tokenizer is None:
                 raise BadFolder(f"{model_of} holds no tokenizer that can be read, and --data is texts")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qft_cli import complete_quantizer
+from qft_cli import AsJson, complete_quantizer
 
 
 def command(
@@ -30,21 +30,21 @@ def command(
     loading: Annotated[str, typer.Option(help="folder: streamed; memory: quantized in place.")] = "folder",
     cards: Annotated[int, typer.Option(min=1, help="Shard over so many.")] = 1,
     plain: Annotated[bool, typer.Option("--plain", help="Without qft.optimize_training.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Count the memory that a fine-tune takes, before any is spent. Exits with 1 where --memory is too little."""
     from peft import LoraConfig
 
     import qft
     from qft.cli._common import answering
-    from qft.opening import check_path
+    from qft.paths import check_path
 
     targets = target_modules if "," not in target_modules else [t.strip() for t in target_modules.split(",")]
     if targets != "all-linear" and isinstance(targets, str):
         targets = [targets]
     with answering(as_json) as answer:
         plan = qft.plan(
-            check_path(model),
+            check_path(model, "file or folder"),
             quantizer,
             sequence_length=sequence_length,
             batch_size=batch_size,

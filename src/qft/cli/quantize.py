@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qft_cli import complete_quantizer
+from qft_cli import AsJson, Device, DryRun, Overwrite, complete_quantizer
 
 
 def command(
@@ -17,14 +17,14 @@ def command(
         str, typer.Option(help="Its name, with options: 'nf4', 'hqq:bits=3'.", autocompletion=complete_quantizer)
     ] = "nf4",
     calibration: Annotated[
-        Path | None, typer.Option(help="Texts for quantizers that need data: .jsonl, a text a line, or .txt.")
+        Path | None, typer.Option(help="Texts for quantizers that need data: jsonl, json, csv, parquet; or txt.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays float.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cuda, xpu, mps, cpu.", show_default="what there is")] = None,
+    device: Device = None,
     skip: Annotated[list[str] | None, typer.Option(help="A module to leave; may be given again.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights in an existing folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and say what would be written.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize a model and store it with its tokenizer, for transformers and qft to load."""
     from qft.cli._common import answering, finite, said

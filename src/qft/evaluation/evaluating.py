@@ -23,6 +23,8 @@ from qft.evaluation.measure import check_model, measure
 from qft.evaluation.result import Evaluation
 from qft.evaluation.sequences import Sequence as Tokens
 from qft.evaluation.sequences import sequences as cut
+from qft.opening import open_model
+from qft.paths import check_model_path
 
 LENGTH = 1024
 
@@ -83,13 +85,13 @@ def evaluate(
     found = _checked(model, data, baseline, names)
     place = None if isinstance(model, nn.Module) else model
     if place is not None:
-        model = sources.open_model(place, device, dtype)
+        model = open_model(place, device=device, dtype=dtype, floats=True)
     check_model(model)
     quantized = hf.adopt(model) is not None
     if not found and not names and not quantized:
         raise BadOption("there is nothing to measure: give data=, or tasks=; the weights are those of a float model")
     if names or any(isinstance(r.value, str) or "input_ids" not in r.value for r in found if _is_row(r.value)):
-        tokenizer = sources.find_tokenizer(tokenizer, sources.origins(model, place))
+        tokenizer = sources.tokenizer_of(tokenizer, sources.origins(model, place))
         if names and tokenizer is None:
             raise BadOption("tasks= needs a tokenizer, and the model's folder holds none: pass tokenizer=")
     length = _length(length, model)
@@ -139,9 +141,9 @@ def _checked(model: Any, data: Any, baseline: Any, tasks: Sequence[Any] | None) 
     if tasks:
         harness.require()
     if not isinstance(model, nn.Module):
-        sources.check_folder(model, "model")
+        check_model_path(model)
     if baseline is not None and baseline is not False and not isinstance(baseline, nn.Module):
-        sources.check_folder(baseline, "baseline=")
+        check_model_path(baseline)
     return rows(data) if data is not None else []
 
 

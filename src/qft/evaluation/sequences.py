@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from qft.errors import BadOption
-from qft.evaluation.data import FORMS, Row
+from qft.evaluation.data import Row
+from qft.rows import FORMS, conversation
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
         raise BadOption(f"{row.where} is text, and no tokenizer was found: pass tokenizer=")
     if isinstance(value, str):
         return _encode(value, [(0, len(value))], tokenizer, row)
-    if "messages" in value or not isinstance(value.get("prompt", ""), str):
+    if "messages" in value or isinstance(value.get("prompt"), list):
         text, spans = _chat(value, tokenizer, row)
         return _encode(text, spans, tokenizer, row, special=False)
     if "completion" in value:
@@ -146,8 +147,9 @@ def _chat(value: Mapping[str, Any], tokenizer: Any, row: Row) -> tuple[str, list
         messages, first = value["messages"], 0
     else:
         messages, first = [*value["prompt"], *(value.get("completion") or [])], len(value["prompt"])
+    messages = conversation(messages)
     good = isinstance(messages, list) and all(
-        isinstance(m, Mapping) and "role" in m and "content" in m for m in messages
+        isinstance(m, Mapping) and "role" in m and m.keys() & {"content", "tool_calls"} for m in messages
     )
     if not good or not messages:
         raise BadOption(f"{row.where}: messages is a list of objects with role and content, and not empty")

@@ -1,53 +1,19 @@
-"""Rows of training data from files, each with the place that it came from."""
+"""The rows of training and of evaluation: of a file, of a folder with files by split, or that `datasets` saved."""
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
-import io
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qft.errors import BadFolder, BadOption, MissingDependency
+from qft.paths import check_path
+from qft.rows import SUFFIXES, Rows, read_rows
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 EVALUATION = ("valid", "validation", "val", "dev", "eval", "test")
-
-
-@dataclass
-class Rows:
-    """The rows of one file or split.
-
-    Attributes:
-        rows: mappings of column to value, by index.
-        source: the file or split.
-        lines: the line of each row in its file, from 1, where the file has lines.
-        skipped: what was skipped: the place and why, of each bad row.
-        digest: of the file's bytes, or of the data set's fingerprint: the same for the same data.
-    """
-
-    rows: Sequence[dict[str, Any]]
-    source: str
-    lines: list[int] | None = None
-    skipped: list[str] = field(default_factory=list)
-    digest: str = ""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def where(self, index: int) -> str:
-        """Such as "train.jsonl line 7"."""
-        return f"{self.source} " + (f"row {index + 1}" if self.lines is None else f"line {self.lines[index]}")
-
-    @property
-    def columns(self) -> list[str]:
-        names = getattr(self.rows, "column_names", None)
-        return list(names) if names is not None else list(dict.fromkeys(k for row in self.rows for k in row))
 
 
 def read_data(
@@ -65,9 +31,7 @@ def read_data(
         BadFolder: no such file, not readable, empty, or a row that is broken, with its line.
         BadOption: no such split.
     """
-    where = Path(path).expanduser()
-    if not os.path.exists(where):
-        raise BadFolder(f"data_path: there is no {path!r} here; it is a file ({', '.join(SUFFIXES)}) or a folder")
+    where = Path(check_path(path, "file or folder", hub=False))
     splits = _splits(where)
     if train_split not in splits:
         if len(splits) > 1 or where.is_dir():
@@ -120,7 +84,7 @@ def _saved(path: Path) -> dict[str, Reader]:
 
     def reader(name: str) -> Reader:
         rows = whole[name]
-        return lambda skip: Rows(rows, f"{path.name}[{name}]", digest=_digest_of(rows))
+        return lambda skip: Rows(rows, f"{path}[{name}]", digest=_digest_of(rows))
 
     return {name: reader(name) for name in whole}
 
@@ -134,115 +98,11 @@ def _digest_of(rows: Any) -> str:
 
 
 def read_file(path: Path, skip_bad_rows: bool = False) -> Rows:
-    """The rows of one file, by its suffix."""
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise BadOption(f"{path.name}: files of {suffix or 'no suffix'} are not read; these are: {', '.join(SUFFIXES)}")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise BadFolder(f"cannot read {path}: {error.strerror}") from error
-    digest = hashlib.sha256(raw).hexdigest()
-    if suffix == ".parquet":
-        return Rows(_parquet(path), path.name, digest=digest)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise BadFolder(f"{path.name} line {line} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
-    if not text.strip():
-        return Rows([], path.name, [], digest=digest)
-    found = {".csv": _csv, ".tsv": _csv, ".json": _json}.get(suffix, _jsonl)(text, path)
-    rows, lines, skipped = [], [], []
-    for line, row, problem in found:
-        if problem is None:
-            rows.append(row)
-            lines.append(line)
-        elif skip_bad_rows:
-            skipped.append(f"{path.name} line {line}: {problem}")
-        else:
-            raise BadFolder(
-                f"{path.name} line {line}: {problem}; mend it, or skip_bad_rows=True skips and counts such rows"
-            )
-    return Rows(rows, path.name, lines, skipped, digest)
-
-
-Found = Iterator[tuple[int, dict[str, Any], str | None]]
-
-
-def _jsonl(text: str, path: Path) -> Found:
-    # not splitlines(): JSON strings may hold U+2028 and its like
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, {}, f"broken JSON ({getattr(error, 'msg', None) or 'nested too deep'})"
-            continue
-        yield number, row, None if isinstance(row, dict) else f"a row is a JSON object, not {type(row).__name__}"
-
-
-def _json(text: str, path: Path) -> Found:
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if "\n{" in text.strip() and text.lstrip().startswith("{"):
-            yield from _jsonl(text, path)  # JSON lines under the name .json
-            return
-        line = getattr(error, "lineno", 1)
-        raise BadFolder(f"{path.name} line {line}: broken JSON ({getattr(error, 'msg', error)})") from error
-    if isinstance(whole, dict):
-        lists = [v for v in whole.values() if isinstance(v, list)]
-        whole = lists[0] if len(lists) == 1 else [whole]  # {"data": [...]}
-    if not isinstance(whole, list):
-        raise BadFolder(f"{path.name}: it is a JSON list of objects, not {type(whole).__name__}")
-    decoder, at, line = json.JSONDecoder(), text.find("[") + 1, 1
-    last = 0
-    for row in whole:
-        while text[at] in " \t\r\n,":
-            at += 1
-        line += text.count("\n", last, at)
-        last = at
-        at = decoder.raw_decode(text, at)[1]
-        yield line, row, None if isinstance(row, dict) else f"a row is a JSON object, not {type(row).__name__}"
-
-
-def _csv(text: str, path: Path) -> Found:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-    header: list[str] | None = None
-    start = 1
-    while True:
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            yield start, {}, f"broken CSV ({error})"
-            start = reader.line_num + 1
-            continue
-        if fields is None:
-            return
-        line, start = start, reader.line_num + 1
-        if not fields:
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            if len(set(header)) < len(header):
-                raise BadFolder(f"{path.name} line {line}: the header names a column twice")
-        elif len(fields) != len(header):
-            yield line, {}, f"{len(fields)} fields, and the header has {len(header)}"
-        else:
-            yield line, dict(zip(header, fields)), None
-
-
-def _parquet(path: Path) -> Any:
-    datasets = _datasets()
-    try:
-        import pyarrow.parquet
-
-        return datasets.Dataset(pyarrow.parquet.read_table(path))
-    except Exception as error:
-        raise BadFolder(f"{path.name} is not a parquet file, or is damaged: {_line(error)}") from error
+    """The rows of one file, by its suffix; a table keeps the features of `datasets`, such as images."""
+    rows = read_rows(path, {dict: "a JSON object"}, error=BadFolder, table=lambda table: _datasets().Dataset(table))
+    if rows.skipped and not skip_bad_rows:
+        raise BadFolder(f"{rows.skipped[0]}; mend it, or skip_bad_rows=True skips and counts such rows")
+    return rows
 
 
 def _datasets() -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 from qft.errors import BadOption, BadShape
 from qft.loss import IGNORE
+from qft.rows import Rows, conversation
 from qft.training.checks import Chat
 from qft.training.config import TrainConfig
-from qft.training.data import Rows
 
 TARGETS = ("target", "summary", "output", "answer", "response")
 SOURCES = ("source", "input", "question", "instruction")
@@ -268,12 +268,10 @@ def messages_of(row: dict[str, Any], config: TrainConfig) -> list[dict[str, Any]
 
 
 def checked_messages(value: Any, column: str, answered: bool = True) -> list[dict[str, Any]]:
-    """A conversation: mappings with role and content. CSV files hold it as JSON."""
+    """A conversation: mappings with role and content."""
+    value = conversation(value)
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise Unusable(f"{column!r} is text that is no JSON list of messages") from None
+        raise Unusable(f"{column!r} is text that is no JSON list of messages")
     if not isinstance(value, list) or not value:
         raise Unusable(f"{column!r} is {'missing' if value is None else 'not a list of messages, or empty'}")
     for i, message in enumerate(value):
@@ -287,8 +285,7 @@ def checked_messages(value: Any, column: str, answered: bool = True) -> list[dic
             raise Unusable(f"{column!r}[{i}]: the answer is empty")
     if answered and not any(m["role"] == "assistant" for m in value):
         raise Unusable(f"{column!r} has no message of the assistant: there is nothing to learn")
-    # parquet and datasets fill absent keys with None, which templates take for values
-    return [{k: v for k, v in m.items() if v is not None} for m in value]
+    return value
 
 
 def tools_of(row: dict[str, Any]) -> Any:

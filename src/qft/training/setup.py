@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from qft.errors import BadFolder, BadOption, MissingDependency, QftWarning, UnsupportedDevice
+from qft.loading import read_config
+from qft.paths import check_model_path
+from qft.rows import Rows
 from qft.training import checks, encoding
 from qft.training.config import TrainConfig
-from qft.training.data import Rows, _line, held_out, read_data
+from qft.training.data import _line, held_out, read_data
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -67,6 +70,7 @@ def prepare(config: TrainConfig) -> Prepared:
         BadFolder: data or model that cannot be read. BadOption, BadShape: data, template, names and sizes that do not go
         together. MissingDependency, UnsupportedDevice: what the options ask for is not here.
     """
+    config = config.replace(model=check_model_path(config.model))
     device = _device(config)
     _check_names(config, device)
     train, valid = read_data(
@@ -74,7 +78,7 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     if valid is None:
         train, valid = held_out(train, config.eval_share, config.seed)
-    model_config = _model_config(config.model)
+    model_config = read_config(config.model, {})
     task, form = encoding.recognise(train.columns, model_config, config)
     if valid is not None and encoding.recognise(valid.columns, model_config, config) != (task, form):
         raise BadOption(f"{valid.source} has other columns than {train.source}: {', '.join(valid.columns)}")
@@ -217,23 +221,6 @@ def _device(config: TrainConfig) -> torch.device:
     from qft.devices import check_device, default_device
 
     return default_device() if config.device == "auto" else check_device(config.device) or default_device()
-
-
-def _model_config(model: str) -> Any:
-    from transformers import AutoConfig
-
-    path = Path(model).expanduser()
-    if path.exists() and not path.is_dir():
-        raise BadFolder(f"model: {model!r} is a file; give the folder, or a hub id")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise BadFolder(f"model: {model!r} is no model that transformers can load: there is no config.json in it")
-    if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
-        raise BadFolder(f"model: there is no folder {model!r}, and it is no hub id either (those read owner/name)")
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        where = "" if path.exists() else " (no such folder here, so it was looked for on the hub)"
-        raise BadFolder(f"model: transformers cannot read {model!r}{where}: {_line(error)}") from error
 
 
 def _processor(model: str, task: str) -> Any:
