@@ -506,6 +506,50 @@ def test_other_settings_or_data_are_refused_with_what_differs(model, data, whole
         qft.train(**{**call, "model": again})
 
 
+def slow_steps(monkeypatch, seconds):
+    from qft.training.trainers import Watch
+
+    monkeypatch.setattr(Watch, "on_step_begin", lambda *args, **kwargs: time.sleep(seconds))
+
+
+def test_max_seconds_ends_a_run_after_a_whole_step(model, data, tmp_path, whole, monkeypatch):
+    """It is saved, evaluated and merged as any other; what was trained is what a run without a limit has after that step."""
+    out = tmp_path / "out"
+    call = {"model": model, "data_path": data, "project_name": str(out), "eval_share": 0.25, **quick(**RUN)}
+    with monkeypatch.context() as patched:
+        slow_steps(patched, 0.3)
+        result = qft.train(**call, max_seconds=0.3, merge_adapter=True)
+    assert (result.steps, result.cut_from) == (1, 8) and "1 of 8 steps" in str(result) and "max_seconds" in str(result)
+    assert losses(result) == losses(whole[0])[:1]
+    assert result.evaluation["eval_loss"] == result.history[-1]["eval_loss"] > 0
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-1"] and (out / "merged" / "config.json").is_file()
+    again = qft.train(**call, max_seconds=100, merge_adapter=True)
+    assert again.already_finished and (again.steps, again.cut_from) == (1, 8)
+
+
+def test_a_killed_run_that_goes_on_has_its_max_seconds_anew(model, data, tmp_path, whole, monkeypatch):
+    out = tmp_path / "out"
+    call = {"model": model, "data_path": data, "project_name": str(out), "eval_share": 0.25, **quick(**RUN)}
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_at(patched, 5)
+        qft.train(**call, max_seconds=1000)
+    with monkeypatch.context() as patched:
+        slow_steps(patched, 0.3)
+        result = qft.train(**call, max_seconds=0.3)
+    assert result.resumed_from == str(out / "checkpoint-3") and (result.steps, result.cut_from) == (4, 8)
+    assert losses(result) == losses(whole[0])[:4]
+
+
+def test_a_run_that_max_seconds_does_not_cut_is_the_same_to_the_bit(model, data, tmp_path, whole):
+    out = tmp_path / "out"
+    call = {"model": model, "data_path": data, "project_name": str(out), "eval_share": 0.25, **quick(**RUN)}
+    result = qft.train(**call, max_seconds=1000)
+    expected, folder = whole
+    assert result.cut_from is None and same(adapter_of(out / "adapter"), adapter_of(folder / "adapter"))
+    assert losses(result) == losses(expected) and result.evaluation == expected.evaluation
+    assert str(result).replace(str(out), "") == str(expected).replace(str(folder), "")
+
+
 def test_restart_begins_anew(model, data, tmp_path):
     out = tmp_path / "out"
     call = {"model": model, "data_path": data, "project_name": str(out)}
