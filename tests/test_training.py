@@ -412,6 +412,38 @@ def vision(tmp_path):
     return str(folder), write_jsonl(tmp_path / "d.jsonl", rows)
 
 
+# ---- what is logged ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log", ["tensorboard", "auto"])
+def test_tensorboard_has_the_losses_of_the_history(model, data, tmp_path, log):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    call = {"model": model, "data_path": data, "project_name": str(out), "eval_share": 0.25}
+    result = qft.train(**call, **quick(max_steps=3, log=log))
+    (file,) = out.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file.parent)).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses(result), rel=1e-6)
+    assert events.Scalars("eval/loss")[-1].value == pytest.approx(result.evaluation["eval_loss"], rel=1e-6)
+    qft.train(**call, **quick(max_steps=3, log="none", resume="restart"))
+    assert not list(out.rglob("events.out.tfevents.*"))
+
+
+def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_is_written(model, data, tmp_path, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    hidden = ("tensorboard", "tensorboardX")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in hidden else real(name, *a))
+    call = {"model": model, "data_path": data, "project_name": str(tmp_path / "out")}
+    with refuses(qft.MissingDependency, "log='tensorboard'", "pip install tensorboard"):
+        qft.train(**call, **quick(log="tensorboard"))
+    assert not (tmp_path / "out").exists()
+
+
 # ---- stopped and continued ---------------------------------------------------------------------------------
 
 
