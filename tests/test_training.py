@@ -16,14 +16,15 @@ from models import llama
 from tiny_training import (
     CHATML,
     MARKED,
-    SIZE,
     adapter_of,
     chats,
     quick,
     same,
     save_model,
     small_llama,
+    t5,
     tokenizer,
+    vision,
     write_jsonl,
 )
 
@@ -284,7 +285,7 @@ def test_packing_changes_no_loss(model, tmp_path):
 
 
 def test_an_encoder_decoder_learns(tmp_path):
-    folder = save_model(tmp_path / "m", model=t5_of(), eos_token="</s>")
+    folder = save_model(tmp_path / "m", model=t5(), eos_token="</s>")
     rows = [{"source": "abcdef"[i % 6], "target": "abcdef"[i % 6] * 2} for i in range(12)]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     result = qft.train(
@@ -298,23 +299,6 @@ def test_an_encoder_decoder_learns(tmp_path):
     assert losses(result)[-1] < 0.8 * losses(result)[0]
     assert result.data["train"] == {**result.data["train"], "rows": 9, "learnt": 27}
     assert result.evaluation["eval_loss"] < losses(result)[0]
-
-
-def t5_of():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=SIZE,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    return T5ForConditionalGeneration(config)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", None])
@@ -366,50 +350,6 @@ def test_missing_images_are_refused_early(tmp_path):
     (tmp_path / "0.png").unlink()
     with refuses(qft.BadOption, "line 1", "0.png"):
         qft.train(model=folder, data_path=path, project_name=str(tmp_path / "out"), **quick())
-
-
-def vision(tmp_path):
-    """A small Llava over 4 patches, and pictures of two colours."""
-    from PIL import Image
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-
-    try:
-        from transformers import CLIPImageProcessorPil as ImageProcessor
-    except ImportError:
-        from transformers import CLIPImageProcessor as ImageProcessor
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tok = tokenizer()
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=32),
-        text_config=LlamaConfig(**sizes, vocab_size=SIZE, max_position_embeddings=256),
-        image_token_index=tok.convert_tokens_to_ids("<image>"),
-        image_seq_length=4,
-    )
-    folder = tmp_path / "m"
-    made = LlavaForConditionalGeneration(config)
-    made.lm_head.weight.data.mul_(10)
-    made.save_pretrained(folder)
-    side = {"height": 16, "width": 16}
-    processor = LlavaProcessor(
-        ImageProcessor(size=side, crop_size=side),
-        tok,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=(
-            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}"
-            "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        ),
-    )
-    processor.save_pretrained(folder)
-    rows = []
-    for i, colour in enumerate(["red", "blue"] * 4):
-        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{i}.png")
-        said = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": colour}]
-        rows.append({"images": [f"{i}.png"], "messages": said})
-    return str(folder), write_jsonl(tmp_path / "d.jsonl", rows)
 
 
 # ---- what is logged ----------------------------------------------------------------------------------------
