@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--first", type=int)
     parser.add_argument("--last", type=int, default=2**20)
     parser.add_argument("--longest", type=float, default=20, help="seconds of a step")
+    parser.add_argument("--cap", help="memory of the GPU that a stack may have, such as 80GB")
     parser.add_argument("--timeout", type=float, default=200, help="seconds of a stack")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="draw this file, measure nothing")
@@ -65,7 +66,8 @@ def measure(options: argparse.Namespace) -> None:
     import smollm
 
     result: dict[str, Any] = {
-        **smollm.about(), "shape": options.shape, "rank": 16, "batch": 1, "runs": [], "notes": {}, "largest_by_plan": {}
+        **smollm.about(), "shape": options.shape, "cap": options.cap, "rank": 16, "batch": 1, "runs": [], "notes": {},
+        "largest_by_plan": {},
     }  # fmt: skip
     names = options.stacks.split(",")
     following = start(names[0], options)
@@ -101,6 +103,7 @@ def start(name: str, options: argparse.Namespace) -> subprocess.Popen[str]:
     command = [sys.executable, os.path.abspath(__file__), "--one", name]
     for key in ("shape", "device", "first", "last", "longest"):
         command += [f"--{key}", str(getattr(options, key))]
+    command += ["--cap", options.cap] if options.cap else []
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
@@ -110,6 +113,7 @@ def start(name: str, options: argparse.Namespace) -> subprocess.Popen[str]:
 
 def serve(name: str, options: argparse.Namespace) -> None:
     import stacks
+    import stepping
     import torch
 
     import qft
@@ -119,6 +123,7 @@ def serve(name: str, options: argparse.Namespace) -> None:
     task = stacks.Task("hand" if name == "hand" else "qft", options.shape, device=options.device)
     stacks.preload(task)
     sys.stdin.readline()
+    stepping.cap_memory(options.cap)
     optimizing.switches.compile = cuda
     ready = stacks.build(task)
     if name != "hand":
@@ -127,7 +132,7 @@ def serve(name: str, options: argparse.Namespace) -> None:
         except qft.QftError as error:
             print(json.dumps({"note": f"refused: {error}"}), flush=True)
             return
-    total = torch.cuda.mem_get_info()[1] if cuda else 2**40
+    total = int(torch.cuda.mem_get_info()[1] * torch.cuda.get_per_process_memory_fraction()) if cuda else 2**40
     lengths = [options.first]
     while lengths[-1] * 2 <= options.last:
         lengths.append(lengths[-1] * 2)

@@ -28,6 +28,15 @@ TOP = 40
 SLICES = 20
 
 
+def cap_memory(text: str | None) -> None:
+    """Let this process have no more of the GPU than "80GB" or "24GiB": a card that is larger stands in for one that is not."""
+    if text is not None:
+        from qft.memory import memory_of
+
+        share = memory_of(text) / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+
+
 def token_ids(vocabulary: int, count: int, batch: int, sequence: int, seed: int = 0) -> Tensor:
     """(count, batch, sequence), on the CPU, the same for a seed everywhere."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +62,7 @@ class Steps:
         self.optimizer = optimizer_of(self.model, device)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        ids = ids.to(self.device)
+        ids = ids.to(self.device, non_blocking=True)
         with self.ready.context():
             loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -69,6 +78,7 @@ class Steps:
                 losses.append(self(batch))
                 marks.append(time.perf_counter())
             return [b - a for a, b in pairwise(marks)], losses
+        ids = ids.pin_memory()  # as data loaders do, so that copying a batch does not wait for the step before
         torch.cuda.synchronize()
         events, losses = [torch.cuda.Event(enable_timing=True) for _ in range(len(ids) + 1)], []
         events[0].record()

@@ -76,6 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="folder with tokenizer files for stacks that load a folder")
     parser.add_argument("--keep-folder", help="where to write the model that Unsloth loads, to be used again")
     parser.add_argument("--profile", action="store_true", help="where two more steps spend their time")
+    parser.add_argument("--cap", help="memory of the GPU that a stack may have, such as 80GB")
     parser.add_argument("--timeout", type=int, default=400, help="seconds a stack may take")
     parser.add_argument("--out")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -118,6 +119,7 @@ def _run(options: argparse.Namespace, names: list[str], cells: list[tuple[int, i
         "steps": options.steps,
         "warmup": options.warmup,
         "double_quant": options.double_quant,
+        "cap": options.cap,
         "runs": [],
     }
     print(json.dumps(about), flush=True)
@@ -163,7 +165,7 @@ def _job(options: argparse.Namespace, stack: str, cells: list[tuple[int, int]], 
         options.tokenizer,
     )
     job = {"do": "step", "stack": stack, "task": asdict(task), "cells": cells, "device": options.device}
-    return job | {k: getattr(options, k) for k in ("steps", "warmup", "profile")}
+    return job | {k: getattr(options, k) for k in ("steps", "warmup", "profile", "cap")}
 
 
 def _start(job: dict[str, Any], place: Path, index: int) -> subprocess.Popen[str]:
@@ -259,6 +261,7 @@ def _work(job: dict[str, Any], put: Callable[[dict[str, Any]], None]) -> None:
     import torch
 
     task = stacks.Task(**job["task"])
+    stepping.cap_memory(job["cap"])
     ready = stacks.build(task)
     shape, rows = task.config, []
     for batch, sequence in job["cells"]:

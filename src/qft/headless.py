@@ -124,7 +124,7 @@ class _Step:
         self.forward, self.head = forward, head
         self.hidden: Tensor | None = None
         self.seen_head = self.computing = self.done = False
-        # how many labels count is asked before the forward: there the device has nothing left to wait with
+        # how many labels count is asked before the forward, and read behind it: the host does not wait for the device
         self.labels, self.shift = kwargs["labels"], kwargs.get("shift_labels")
         device = head.weight.device
         first = shifted(self.labels) if self.shift is None else self.shift

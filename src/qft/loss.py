@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -70,21 +71,35 @@ def shifted(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
     return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
-@dataclass(frozen=True)
 class Targets:
-    """Flattened targets, (tokens,), and where they are not ignored; `kept` is None where all of them count.
+    """Flattened targets, (tokens,), and which of them count.
 
-    To know how many these are takes the one synchronisation with the host that a step has.
+    How many do, only the device knows: it is asked at once, and the host waits for its answer where it first needs it. By
+    then it has launched the forward pass, so that the device need not stand still between two steps.
     """
 
-    values: Tensor
-    kept: Tensor | None
+    def __init__(self, values: Tensor, count: Tensor | None = None, order: Tensor | None = None):
+        self.values, self._count, self._order = values, count, order
+        waits = count is not None and values.is_cuda
+        self._told = torch.cuda.current_stream(values.device).record_event() if waits else None
 
     @classmethod
     def of(cls, targets: Tensor, ignore_index: int = IGNORE) -> Targets:
         values = targets.reshape(-1)
-        kept = (values != ignore_index).nonzero().squeeze(1)
-        return cls(values, kept) if kept.numel() < values.numel() else cls(values, None)
+        ignored = values == ignore_index
+        # a sort has a result of known size, where nonzero() would wait; those that count come first, in their order
+        order = ignored.to(torch.uint8).argsort(stable=True)
+        return cls(values, (~ignored).sum().to("cpu", non_blocking=True), order)
+
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """Where targets count; None where all do."""
+        if self._order is None or self._count is None:
+            return None
+        if self._told is not None:
+            self._told.synchronize()
+        count = int(self._count)
+        return self._order[:count] if count < self.values.numel() else None
 
     def __len__(self) -> int:
         return self.values.numel() if self.kept is None else self.kept.numel()

@@ -246,8 +246,15 @@ def measure(
         profiles = {}
         for key, (block, args, kwargs) in kinds.items():
             _to_fake(block, set())
-            profiles[key] = block_profile(block, args, kwargs, fast if compiled is None else compiled)
+            whole = (fast if compiled is None else compiled) and not _has_packed_experts(block)
+            profiles[key] = block_profile(block, args, kwargs, whole)
     return Measured(tuple(profiles[k] for k in keys), seen["shared"], seen["head"] - seen["before"] + seen["shared"])
+
+
+def _has_packed_experts(block: nn.Module) -> bool:
+    """Their code is not for the compiler; a block with a part that is not is recomputed as it is, by transformers' code."""
+    forwards = (m.__dict__.get("forward") for m in block.modules())
+    return any(isinstance(f, Experts) and f.quantized for f in forwards)
 
 
 def _returns_tuple(block: nn.Module) -> bool:
@@ -270,7 +277,7 @@ def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor], liger: b
     with torch.autocast("cpu", enabled=False):
         if liger:
             return _AsLiger.apply(flat, weight)
-        return _LinearCrossEntropy.apply(flat, weight, None, Targets(ids.reshape(-1), None), LogitScaling(), True)
+        return _LinearCrossEntropy.apply(flat, weight, None, Targets(ids.reshape(-1)), LogitScaling(), True)
 
 
 class _AsLiger(torch.autograd.Function):
