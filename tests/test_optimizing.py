@@ -687,6 +687,48 @@ def test_paged_states_are_read_whole():
     assert len(found[0]) == 4 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_only_position_ids_that_were_given_are_searched_for_packed_sequences(monkeypatch):
+    """To look at them, the host waits for the device."""
+    from transformers import masking_utils
+
+    asked = []
+    real = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda p: asked.append(p) or real(p))
+    model = llama().train()
+    model.config.use_cache = False  # it looks where it has no cache
+    positions = torch.arange(IDS.shape[1]).remainder(5).expand_as(IDS)
+    before, packed = step(model), step(model, position_ids=positions)
+    assert len(asked) == 2
+    qft.optimize_training(model)
+    same_step(model, before)
+    assert len(asked) == 2
+    same_step(model, packed, position_ids=positions)
+    assert len(asked) == 3
+    model.eval()
+    logits(model, use_cache=False)
+    assert len(asked) == 4
+    monkeypatch.undo()
+    same_step(model.train(), packed, position_ids=positions)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["least", "most"])
+def test_no_step_waits_for_the_one_before_it(memory):
+    model = qft.quantize_and_wrap(llama(torch.bfloat16).cuda(), "nf4", progress=False).train()
+    qft.optimize_training(model, memory=memory)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = IDS.pin_memory()
+    for mode in ("default", "default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            here = ids.to("cuda", non_blocking=True)
+            model(input_ids=here, labels=here).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", ["nf4", "int8", "reference"])
 def test_quantized_models_on_cuda(spec):

@@ -15,6 +15,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from qft.errors import QftWarning
 from qft.headless import Patch
 from qft.offloading import Checkpoints
+from qft.positions import counted
 from qft.streaming import WeightStream
 
 _NOT_FOR_BLOCKS = frozenset({"num_items_in_batch", "labels", "shift_labels"})
@@ -113,8 +115,10 @@ class BlocksForward(Patch):
             self.plan.flags[id(block)] = bool(outside) or getattr(block, "gradient_checkpointing", False)
         for module in [*flagged, *outside]:
             module.gradient_checkpointing = False
+        given = len(args) > 1 or any(kwargs.get(n) is not None for n in ("position_ids", "attention_mask"))
         try:
-            return self.original(*args, **kwargs)
+            with nullcontext() if given else counted():
+                return self.original(*args, **kwargs)
         finally:
             for module in [*flagged, *outside]:
                 module.gradient_checkpointing = True
