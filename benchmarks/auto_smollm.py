@@ -51,7 +51,8 @@ def main() -> None:
         if options.report is not None:
             shutil.copy(folder / "report.html", options.report)
     result = json.loads(done.stdout)
-    kept = ("perplexity", "drift", "nbytes", "seconds", "steps", "loss", "decisions", "notes", "setup")
+    kept = ("perplexity", "drift", "nbytes", "seconds", "steps", "loss", "decisions", "notes")
+    setup = result["setup"]
     found = {
         "command": "qft auto smollm2 instructions.jsonl " + " ".join(map(str, words[3:5] + words[7:])),
         "wall_seconds": wall,
@@ -59,6 +60,10 @@ def main() -> None:
         "load_at_start": load,
         "history": [{k: e[k] for k in ("step", "loss", "eval_loss") if k in e} for e in result["history"]],
         **{k: result[k] for k in kept},
+        "device": setup.pop("device"),
+        "date": setup.pop("date"),
+        "dtypes": setup.pop("dtypes"),
+        "versions": setup,
     }
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{wall:.0f} s in all; perplexity", {k: round(v, 3) for k, v in found["perplexity"].items()})

@@ -116,10 +116,31 @@ def exports() -> str:
     return f"{_table(head, rows)}\n\n{about} {_about('export_peak-cpu.json', found)}"
 
 
+def auto_decisions() -> str:
+    """What `qft auto` chose on a CPU, from `benchmarks/auto_smollm.py`."""
+    found = _read("auto-cpu.json")
+    rows = [[d["name"], d["value"], d["reason"]] for d in found["decisions"]]
+    return _table(["", "chosen", "because"], rows)
+
+
+def auto_outcome() -> str:
+    found = _read("auto-cpu.json")
+    perplexity, seconds = found["perplexity"], found["seconds"]
+    rows = [[f"held-out perplexity, {k}", f"{v:.2f}"] for k, v in perplexity.items()]
+    rows += [[f"seconds, {k}", f"{v:.0f}"] for k, v in seconds.items() if k != "total"]
+    rows.append(["seconds of the whole command", f"{found['wall_seconds']:.0f}"])
+    about = (
+        f"`{found['command']}`, {found['steps']} steps, {found['threads']} threads. {_about('auto-cpu.json', found)}"
+    )
+    return f"{_table(['', ''], rows)}\n\n{about}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "choice": choice,
     "stages": stages,
     "step_memory": step_memory,
     "seventy": seventy,
     "exports": exports,
+    "auto_decisions": auto_decisions,
+    "auto_outcome": auto_outcome,
 }

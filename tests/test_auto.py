@@ -158,6 +158,16 @@ def test_an_interrupted_run_goes_on_with_what_was_decided(model, data, tmp_path,
     assert [d.value for d in result.decisions] == [d["value"] for d in note["decisions"]]
 
 
+def test_a_time_limit_ends_training_early_and_the_rest_is_done_and_told(model, data, tmp_path):
+    options = {"out": tmp_path / "out", "memory": "8GiB", "device": "cpu", "progress": False}
+    result = qft.auto(model, data, **options, steps=5, time_limit=0.01)
+    assert result.decisions[-1].value == "5" and result.steps == 1
+    told = [n for n in result.notes if "1 of 5 steps" in n]
+    assert len(told) == 1 and "time limit" in told[0]
+    assert told[0] in str(result) and told[0] in (tmp_path / "out" / "report.html").read_text()
+    assert set(result.perplexity) == {"before", "quantized", "after", "merged"}
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------
 
 

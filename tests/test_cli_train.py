@@ -80,7 +80,9 @@ def test_autotrains_flags_train_save_and_merge(model, data, tmp_path):
 
 
 def test_a_yaml_file_with_overrides_is_checked_planned_and_not_run(model, data, tmp_path):
-    (tmp_path / "run.yaml").write_text(f"model: {model}\ndata_path: {data}\nlr: 1e-3\nmax_steps: 3\nlog: none\n")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {model}\ndata_path: {data}\nlr: 1e-3\nmax_steps: 3\nmax_seconds: 60\nlog: none\n"
+    )
     call = [
         "train",
         tmp_path / "run.yaml",
@@ -96,6 +98,7 @@ def test_a_yaml_file_with_overrides_is_checked_planned_and_not_run(model, data, 
         assert text in out.stdout
     assert not (tmp_path / "out").exists()
     found = json.loads(here(*call, "--json").stdout)
+    assert found["config"]["max_seconds"] == 60
     assert found["config"]["lr"] == 5e-4 and found["config"]["lora_r"] == 2 and found["config"]["peft"] is True
 
 
@@ -125,6 +128,7 @@ def test_quantization_without_peft_is_said_to_be_ignored(model, data, tmp_path):
         (["nowhere.yaml"], "nowhere.yaml"),
         (["RUN", "lerning_rate=1"], "did you mean lr"),
         (["RUN", "lr=fast"], "lr='fast'"),
+        (["RUN", "--max-seconds", "0"], "max_seconds=0.0; it is above 0"),
         (["RUN", "other.yaml"], "one YAML file"),
         (["BAD"], "run.yaml line 3"),
         (["--model", "MODEL", "--data-path", "nowhere.jsonl"], "nowhere.jsonl"),

@@ -92,7 +92,7 @@ def test_names_on_the_pages_exist(page):
 # ---- what the pages tell to type ---------------------------------------------------------------------------
 
 RUN = """README quickstart which_quantizer concepts fit_memory merging from_peft train_from_file evaluate how_to_start
-    memory speed"""
+    memory speed auto train_others"""
 
 
 def blocks(page):
@@ -101,6 +101,27 @@ def blocks(page):
     return [
         m[2] for m in re.finditer(r"(<!-- not run: .*? -->\n)?^```python\n(.*?)^```", text, re.M | re.S) if not m[1]
     ]
+
+
+def data_files(page):
+    """Names and rows of the data that a page shows: the name in backticks, then a block of JSON."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    shown = re.findall(r"`(\w+\.jsonl)`[^`]*\n\n```json\n(.*?)```", text, re.S)
+    return {name: [json.loads(line) for line in block.splitlines()] for name, block in shown}
+
+
+@pytest.fixture
+def other_models(workplace):
+    """An encoder-decoder and one that reads images, under the names on the page, and the page's data."""
+    tiny_training.save_model("google-t5/t5-small", model=tiny_training.t5(), eos_token="</s>")
+    folder, _ = tiny_training.vision(workplace)
+    shutil.copytree(folder, "llava-hf/llava-interleave-qwen-0.5b-hf")
+    shutil.copy("0.png", "red.png")
+    shutil.copy("1.png", "blue.png")
+    files = data_files("train_others")
+    assert len(files) == 3
+    for name, rows in files.items():
+        tiny_training.write_jsonl(workplace / name, rows * 4)
 
 
 @pytest.fixture
@@ -120,12 +141,14 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", RUN.split())
-def test_code_on_the_pages_runs(page, workplace, monkeypatch):
+def test_code_on_the_pages_runs(page, workplace, request):
     """All blocks of a page, in order, in one namespace; models and data are small ones under the pages' names."""
     import transformers
 
     import qft
 
+    if page == "train_others":
+        request.getfixturevalue("other_models")
     folder = "HuggingFaceTB/SmolLM2-135M-Instruct"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = ["say a few words", "and some more of them"] * 4

@@ -16,14 +16,15 @@ from models import llama
 from tiny_training import (
     CHATML,
     MARKED,
-    SIZE,
     adapter_of,
     chats,
     quick,
     same,
     save_model,
     small_llama,
+    t5,
     tokenizer,
+    vision,
     write_jsonl,
 )
 
@@ -284,7 +285,7 @@ def test_packing_changes_no_loss(model, tmp_path):
 
 
 def test_an_encoder_decoder_learns(tmp_path):
-    folder = save_model(tmp_path / "m", model=t5_of(), eos_token="</s>")
+    folder = save_model(tmp_path / "m", model=t5(), eos_token="</s>")
     rows = [{"source": "abcdef"[i % 6], "target": "abcdef"[i % 6] * 2} for i in range(12)]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     result = qft.train(
@@ -298,23 +299,6 @@ def test_an_encoder_decoder_learns(tmp_path):
     assert losses(result)[-1] < 0.8 * losses(result)[0]
     assert result.data["train"] == {**result.data["train"], "rows": 9, "learnt": 27}
     assert result.evaluation["eval_loss"] < losses(result)[0]
-
-
-def t5_of():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=SIZE,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    return T5ForConditionalGeneration(config)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", None])
@@ -368,48 +352,36 @@ def test_missing_images_are_refused_early(tmp_path):
         qft.train(model=folder, data_path=path, project_name=str(tmp_path / "out"), **quick())
 
 
-def vision(tmp_path):
-    """A small Llava over 4 patches, and pictures of two colours."""
-    from PIL import Image
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+# ---- what is logged ----------------------------------------------------------------------------------------
 
-    try:
-        from transformers import CLIPImageProcessorPil as ImageProcessor
-    except ImportError:
-        from transformers import CLIPImageProcessor as ImageProcessor
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tok = tokenizer()
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=32),
-        text_config=LlamaConfig(**sizes, vocab_size=SIZE, max_position_embeddings=256),
-        image_token_index=tok.convert_tokens_to_ids("<image>"),
-        image_seq_length=4,
-    )
-    folder = tmp_path / "m"
-    made = LlavaForConditionalGeneration(config)
-    made.lm_head.weight.data.mul_(10)
-    made.save_pretrained(folder)
-    side = {"height": 16, "width": 16}
-    processor = LlavaProcessor(
-        ImageProcessor(size=side, crop_size=side),
-        tok,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=(
-            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}"
-            "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        ),
-    )
-    processor.save_pretrained(folder)
-    rows = []
-    for i, colour in enumerate(["red", "blue"] * 4):
-        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{i}.png")
-        said = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": colour}]
-        rows.append({"images": [f"{i}.png"], "messages": said})
-    return str(folder), write_jsonl(tmp_path / "d.jsonl", rows)
+
+@pytest.mark.parametrize("log", ["tensorboard", "auto"])
+def test_tensorboard_has_the_losses_of_the_history(model, data, tmp_path, log):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    call = {"model": model, "data_path": data, "project_name": str(out), "eval_share": 0.25}
+    result = qft.train(**call, **quick(max_steps=3, log=log))
+    (file,) = out.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file.parent)).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses(result), rel=1e-6)
+    assert events.Scalars("eval/loss")[-1].value == pytest.approx(result.evaluation["eval_loss"], rel=1e-6)
+    qft.train(**call, **quick(max_steps=3, log="none", resume="restart"))
+    assert not list(out.rglob("events.out.tfevents.*"))
+
+
+def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_is_written(model, data, tmp_path, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    hidden = ("tensorboard", "tensorboardX")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in hidden else real(name, *a))
+    call = {"model": model, "data_path": data, "project_name": str(tmp_path / "out")}
+    with refuses(qft.MissingDependency, "log='tensorboard'", "pip install tensorboard"):
+        qft.train(**call, **quick(log="tensorboard"))
+    assert not (tmp_path / "out").exists()
 
 
 # ---- stopped and continued ---------------------------------------------------------------------------------
@@ -504,6 +476,50 @@ def test_other_settings_or_data_are_refused_with_what_differs(model, data, whole
     again = save_model(tmp_path / "m", model=small_llama(seed=3))
     with refuses(qft.BadOption, "the model is another"):
         qft.train(**{**call, "model": again})
+
+
+def slow_steps(monkeypatch, seconds):
+    from qft.training.trainers import Watch
+
+    monkeypatch.setattr(Watch, "on_step_begin", lambda *args, **kwargs: time.sleep(seconds))
+
+
+def test_max_seconds_ends_a_run_after_a_whole_step(model, data, tmp_path, whole, monkeypatch):
+    """It is saved, evaluated and merged as any other; what was trained is what a run without a limit has after that step."""
+    out = tmp_path / "out"
+    call = {"model": model, "data_path": data, "project_name": str(out), "eval_share": 0.25, **quick(**RUN)}
+    with monkeypatch.context() as patched:
+        slow_steps(patched, 0.3)
+        result = qft.train(**call, max_seconds=0.3, merge_adapter=True)
+    assert (result.steps, result.cut_from) == (1, 8) and "1 of 8 steps" in str(result) and "max_seconds" in str(result)
+    assert losses(result) == losses(whole[0])[:1]
+    assert result.evaluation["eval_loss"] == result.history[-1]["eval_loss"] > 0
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-1"] and (out / "merged" / "config.json").is_file()
+    again = qft.train(**call, max_seconds=100, merge_adapter=True)
+    assert again.already_finished and (again.steps, again.cut_from) == (1, 8)
+
+
+def test_a_killed_run_that_goes_on_has_its_max_seconds_anew(model, data, tmp_path, whole, monkeypatch):
+    out = tmp_path / "out"
+    call = {"model": model, "data_path": data, "project_name": str(out), "eval_share": 0.25, **quick(**RUN)}
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_at(patched, 5)
+        qft.train(**call, max_seconds=1000)
+    with monkeypatch.context() as patched:
+        slow_steps(patched, 0.3)
+        result = qft.train(**call, max_seconds=0.3)
+    assert result.resumed_from == str(out / "checkpoint-3") and (result.steps, result.cut_from) == (4, 8)
+    assert losses(result) == losses(whole[0])[:4]
+
+
+def test_a_run_that_max_seconds_does_not_cut_is_the_same_to_the_bit(model, data, tmp_path, whole):
+    out = tmp_path / "out"
+    call = {"model": model, "data_path": data, "project_name": str(out), "eval_share": 0.25, **quick(**RUN)}
+    result = qft.train(**call, max_seconds=1000)
+    expected, folder = whole
+    assert result.cut_from is None and same(adapter_of(out / "adapter"), adapter_of(folder / "adapter"))
+    assert losses(result) == losses(expected) and result.evaluation == expected.evaluation
+    assert str(result).replace(str(out), "") == str(expected).replace(str(folder), "")
 
 
 def test_restart_begins_anew(model, data, tmp_path):

@@ -43,6 +43,23 @@ def small_llama(seed=0):
     return model
 
 
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=SIZE,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
 def save_model(folder, template=CHATML, model=None, **changes):
     """A folder with a small model and a tokenizer; its path as text."""
     model = small_llama() if model is None else model
@@ -66,6 +83,50 @@ def chats(n=12):
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def vision(tmp_path):
+    """A small Llava over 4 patches, and pictures of two colours."""
+    from PIL import Image
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    try:
+        from transformers import CLIPImageProcessorPil as ImageProcessor
+    except ImportError:
+        from transformers import CLIPImageProcessor as ImageProcessor
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tok = tokenizer()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=32),
+        text_config=LlamaConfig(**sizes, vocab_size=SIZE, max_position_embeddings=256),
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
+    )
+    folder = tmp_path / "m"
+    made = LlavaForConditionalGeneration(config)
+    made.lm_head.weight.data.mul_(10)
+    made.save_pretrained(folder)
+    side = {"height": 16, "width": 16}
+    processor = LlavaProcessor(
+        ImageProcessor(size=side, crop_size=side),
+        tok,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=(
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}"
+            "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        ),
+    )
+    processor.save_pretrained(folder)
+    rows = []
+    for i, colour in enumerate(["red", "blue"] * 4):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{i}.png")
+        said = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": colour}]
+        rows.append({"images": [f"{i}.png"], "messages": said})
+    return str(folder), write_jsonl(tmp_path / "d.jsonl", rows)
 
 
 def quick(**changes):

@@ -20,6 +20,8 @@ WARM_UP, TIMED = 1, 3
 """Micro-batches that are run to see how long one takes."""
 SHARE = 0.9
 """Of the time that is left, what training is given: checkpoints and evaluations come on top of the steps."""
+LEAST_SECONDS = 1e-3
+"""Of training where no time is left: one step is made."""
 
 
 def measure_steps(
@@ -72,6 +74,7 @@ def measure_steps(
         alone=choice.alone,
         quantized=untuned.perplexity,
         planned=choice.plan.needed,
+        reserve=reserve,
     )
     note["seconds"] |= {"measure": time.perf_counter() - began}
 
@@ -101,8 +104,12 @@ def _seconds_a_step(model: nn.Module, prepared: Prepared) -> float:
     return max(1e-4, seconds / TIMED) * config.gradient_accumulation
 
 
-def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool) -> Any:
-    """Train and merge as the note says, measure, write the report; returns the `AutoResult`."""
+def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool, deadline: float | None = None) -> Any:
+    """Train and merge as the note says, measure, write the report; returns the `AutoResult`.
+
+    Args:
+        deadline: of `time.perf_counter()`: training ends when only the note's reserve is left until then.
+    """
     import qft
     from qft.auto_report import write_report
     from qft.autopilot import AutoResult
@@ -112,6 +119,8 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
     config = TrainConfig.from_dict(note["config"]).replace(progress=prepared.config.progress)
     seconds = dict(note["seconds"])
     began = time.perf_counter()
+    if deadline is not None:
+        config = config.replace(max_seconds=max(LEAST_SECONDS, deadline - began - note["reserve"]))
     if prepared.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(prepared.device)
     trained = qft.train(config)
@@ -124,6 +133,11 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
 
     began = time.perf_counter()
     dtype, notes = float_dtype(prepared), list(trained.findings)
+    if trained.cut_from is not None:
+        notes.append(
+            f"the time limit ended training after {trained.steps:,} of {trained.cut_from:,} steps, before the learning rate "
+            "had come down: give it more time, or fewer steps"
+        )
     perplexity: dict[str, float] = {}
     drift: dict[str, dict[str, float]] = {}
     tuned = open_model(trained.adapter, device=prepared.device, dtype=dtype, floats=True)

@@ -112,7 +112,8 @@ def auto(
         out: the folder to write.
         quantizer, init, rank, steps: None leaves the choice here.
         valid: held-out rows, a file or a split; None takes the data's, or holds out a tenth of the rows, by the seed.
-        time_limit: of the whole call: seconds, or "90s", "8min", "1h". The steps are cut down to it; it is an estimate.
+        time_limit: of the whole call: seconds, or "90s", "8min", "1h". The steps are chosen for it by an estimate, and
+            training ends early, after one step at least, where that was wrong.
         device: "auto", "cpu", "cuda".
         seed: of the held-out rows, the adapter's start and the order of the data.
         dry_run: decide, and write nothing; the steps are then those without a time limit.
@@ -168,12 +169,12 @@ def auto(
                 return AutoResult(str(folder), asked["model"], asked["data"], True, decisions, notes=prepared.findings)
         from qft import auto_run
 
+        deadline = None if seconds_left is None else start + seconds_left
         if not resumed:
             write_note(folder, note)
-            deadline = None if seconds_left is None else start + seconds_left
             auto_run.measure_steps(prepared, *choice, asked, note, deadline)
             write_note(folder, {**note, "state": "training"})
-        result = auto_run.finish(prepared, note, folder, resumed)
+        result = auto_run.finish(prepared, note, folder, resumed, deadline)
         write_note(folder, {**note, "state": "finished", "result": result.to_dict()})
         return result
 

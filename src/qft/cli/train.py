@@ -45,6 +45,10 @@ def command(
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", "--max_steps", help="Optimizer steps, instead.")
     ] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option("--max-seconds", "--max_seconds", help="End training then, and save what was trained."),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", "--batch_size", "--train-batch-size", help="Rows at once. [default: 2]"),
@@ -144,7 +148,7 @@ def command(
 
 _FIELDS = (
     "model data_path project_name task peft quantization lora_r lora_alpha lora_dropout target_modules "
-    "init lr epochs max_steps batch_size gradient_accumulation max_length optimizer scheduler "
+    "init lr epochs max_steps max_seconds batch_size gradient_accumulation max_length optimizer scheduler "
     "warmup_ratio weight_decay max_grad_norm mixed_precision use_flash_attention_2 merge_adapter packing "
     "chat_template train_split valid_split text_column prompt_column skip_bad_rows logging_steps "
     "save_total_limit log seed device"

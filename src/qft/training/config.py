@@ -41,7 +41,7 @@ LEAST: dict[str, float] = {
     "seed": 0,
 }
 SHARES = ("lora_dropout", "warmup_ratio", "eval_share")
-ABOVE_ZERO = ("lr", "epochs", "lora_alpha", "save_steps")
+ABOVE_ZERO = ("lr", "epochs", "lora_alpha", "save_steps", "max_seconds")
 OTHER_NAMES = {
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
@@ -100,6 +100,8 @@ class TrainConfig:
         lr, scheduler, warmup_ratio, optimizer, weight_decay, max_grad_norm: optimizer and scheduler by transformers'
             names, such as "paged_adamw_8bit" and "cosine".
         epochs, max_steps: how long; `max_steps` wins.
+        max_seconds: stop after the first optimizer step that ends so many seconds after training began; what was trained
+            until then is saved and merged as usual.
         batch_size, gradient_accumulation: rows in a step are their product.
         logging_steps, save_steps, save_total_limit: checkpoints are made every `save_steps` optimizer steps, or every
             such share of the run where it is below 1. The evaluation runs where checkpoints are made.
@@ -152,6 +154,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     epochs: float = 1.0
     max_steps: int | None = None
+    max_seconds: float | None = None
     batch_size: int = 2
     gradient_accumulation: int = 4
     logging_steps: int = 10

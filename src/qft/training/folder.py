@@ -17,8 +17,11 @@ from qft.training.config import TrainConfig, fields
 NOTE = "training.json"
 PARTIAL = ".partial-"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-FREE = ("project_name", "data_path", "resume", "progress", "log", "logging_steps", "save_steps", "save_total_limit")
-"""Fields that may differ when a run is continued: data goes by its content, and the others change no weight."""
+FREE = (
+    "project_name", "data_path", "resume", "progress", "log", "logging_steps", "save_steps", "save_total_limit",
+    "max_seconds",
+)  # fmt: skip
+"""Fields that may differ when a run is continued: data goes by its content, and the others change no step's outcome."""
 
 
 class RunFolder:

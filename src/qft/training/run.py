@@ -29,7 +29,8 @@ class TrainResult:
     Attributes:
         folder: of the run. adapter, model, merged: what is in it: the adapter, or the whole model with peft off, and the
             merged model; None where there is none.
-        task: what was trained. steps: optimizer steps.
+        task: what was trained. steps: optimizer steps. cut_from: how many there would have been without `max_seconds`, where
+            that cut the run.
         loss: mean of the last logged steps. evaluation: "eval_loss" and the like at the end, empty without such data.
         history: what was logged, step by step.
         data: what became of the rows of "train" and "evaluation"; see `encoding.Counts`.
@@ -57,14 +58,18 @@ class TrainResult:
     resumed_from: str | None = None
     already_finished: bool = False
     seconds: float = 0.0
+    cut_from: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        head = f"{self.folder}: {self.task}, {self.steps} steps"
+        steps = f"{self.steps}" if self.cut_from is None else f"{self.steps} of {self.cut_from}"
+        head = f"{self.folder}: {self.task}, {steps} steps"
         lines = [head + ("" if self.loss is None else f", loss {self.loss:.4g}")]
+        if self.cut_from is not None:
+            lines[0] += "; max_seconds cut it"
         if self.already_finished:
             lines[0] += "; this run was finished before, nothing was done"
         elif self.resumed_from is not None:
@@ -92,7 +97,8 @@ def train(
 
     An interrupted run goes on from its last whole checkpoint when it is started again with the same configuration, and
     ends as it would have without the interruption: optimizer, schedule, random numbers and the order of the data are
-    those of the checkpoint. A finished run that is started again does nothing, and says so.
+    those of the checkpoint. A finished run that is started again does nothing, and says so; a run that `max_seconds` cut
+    is finished, and a killed one that goes on has its `max_seconds` anew.
 
     Args:
         config: a `TrainConfig`, a mapping, or a YAML file.
@@ -163,6 +169,7 @@ def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float) -
         findings=prepared.findings,
         resumed_from=None if last is None else str(last),
         seconds=time.perf_counter() - start,
+        cut_from=None if trainer.time_limit is None else trainer.time_limit.cut_from,
     )
     note = run.note()
     assert note is not None

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     EvalPrediction,
+    IntervalStrategy,
     PrinterCallback,
     ProgressCallback,
     Seq2SeqTrainer,
@@ -42,6 +44,7 @@ class Whole:
 
     run: RunFolder
     keep: int = 2
+    time_limit: TimeLimit | None = None
     _partial: Path | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -123,6 +126,27 @@ class Watch(TrainerCallback):
             self.bar = None
 
 
+class TimeLimit(TrainerCallback):
+    """Ends training, as its last step does, after the first step that ends when the time is up. Before `Watch`, which logs it.
+
+    Attributes:
+        cut_from: the steps that there would have been; None where nothing was cut.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds, self.began = seconds, 0.0
+        self.cut_from: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step < state.max_steps and time.perf_counter() - self.began >= self.seconds:
+            self.cut_from = state.max_steps
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate |= args.eval_strategy != IntervalStrategy.NO
+
+
 def arguments(prepared: Prepared, run: RunFolder) -> dict[str, Any]:
     """The options that all trainers take."""
     config, device, mixed = prepared.config, prepared.device, autocast_dtype(prepared)
@@ -179,6 +203,9 @@ def build_trainer(model: nn.Module, prepared: Prepared, run: RunFolder) -> Any:
     trainer.run, trainer.keep = run, prepared.config.save_total_limit
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    trainer.time_limit = None if prepared.config.max_seconds is None else TimeLimit(prepared.config.max_seconds)
+    if trainer.time_limit is not None:
+        trainer.add_callback(trainer.time_limit)
     trainer.add_callback(Watch(prepared.config.progress))
     if prepared.task in ("causal-lm", "seq2seq"):
         check_padding(trainer.data_collator, prepared.train.rows, prepared.tokenizer.pad_token_id)
