@@ -177,6 +177,7 @@ def arguments(prepared: Prepared, run: RunFolder) -> dict[str, Any]:
         "fp16": mixed == "fp16",
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
+        "accelerator_config": {"non_blocking": device.type == "cuda"},
         "disable_tqdm": True,
         "report_to": ["tensorboard"] if tensorboard else [],
         "gradient_checkpointing": config.gradient_checkpointing,
