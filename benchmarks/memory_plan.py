@@ -31,7 +31,8 @@ import torch
 from peft import LoraConfig
 
 import qft
-from qft import memory_moments, optimizing
+from qft import optimizing
+from qft.memory import moments
 
 GIB = 1024**3
 LARGE: dict[str, dict[str, Any]] = {
@@ -150,7 +151,7 @@ def serve(numbers: list[int], tiny: bool, device: str, steps: int) -> None:
 
 def replan(path: Path) -> None:
     """Put the plans of today's code beside the peaks of a file."""
-    memory_moments.find_spec = lambda name: name
+    moments.find_spec = lambda name: name
     document = json.loads(path.read_text(encoding="utf-8"))
     for i, row in enumerate(document["runs"]):
         if "peak_gib" in row:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import qft
 import qft_cli
-from qft import auto_choice
+from qft.autopilot import choice
 from qft.memory import GIB
 
 pytest.importorskip("trl", reason="pip install trl")
@@ -47,7 +47,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def roomy(monkeypatch):
-    monkeypatch.setattr(auto_choice, "free_bytes", lambda device: 2000 * GIB)
+    monkeypatch.setattr(choice, "free_bytes", lambda device: 2000 * GIB)
 
 
 def decided(*args, **options):
@@ -104,7 +104,7 @@ def _adapter():
 
 
 def test_the_lesser_of_what_is_given_and_what_is_there_counts(model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(auto_choice, "free_bytes", lambda device: 3 * GIB)
+    monkeypatch.setattr(choice, "free_bytes", lambda device: 3 * GIB)
     found = decided(model, data, out=tmp_path / "out", memory="24GB")["memory"]
     assert found.value == "3.00 GiB" and "22.35 GiB were given" in found.reason
     assert decided(model, data, out=tmp_path / "out")["memory"].value == "3.00 GiB"

@@ -14,8 +14,8 @@ import qft
 from qft import choosing, optimizing
 from qft.blocks import BlockForward
 from qft.headless import Patch
-from qft.memory_moments import Estimate
-from qft.memory_standing import standing
+from qft.memory.moments import Estimate
+from qft.memory.standing import standing
 
 BLOCKS = 6
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}

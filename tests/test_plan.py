@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 import qft
 from qft.blocks import find_blocks
 from qft.memory import PARTS, memory_of, needed
-from qft.memory_moments import Estimate, optimizer_bytes
+from qft.memory.moments import Estimate, optimizer_bytes
 
 GIB = 2**30
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -77,7 +77,7 @@ def planned(shape, spec="nf4", *, batch, sequence, recompute="all", **more):
 @pytest.fixture
 def with_liger(monkeypatch):
     """As where the peaks were measured."""
-    monkeypatch.setattr("qft.memory_moments.find_spec", lambda name: name)
+    monkeypatch.setattr("qft.memory.moments.find_spec", lambda name: name)
 
 
 @pytest.mark.usefixtures("with_liger")

@@ -18,7 +18,7 @@ from qft.optimizers import has_states
 
 if TYPE_CHECKING:
     from qft.blocks import Plan
-    from qft.memory_moments import Estimate
+    from qft.memory.moments import Estimate
 
 LATER = OUTSIDE // 4
 """What CUDA may still load beside what it has loaded already: kernels of a first step."""
@@ -145,8 +145,8 @@ class Chooser:
     # ---- the estimate ------------------------------------------------------------------------------------
 
     def _measure(self, size: Size) -> Any:
-        from qft.memory_moments import Estimate
-        from qft.memory_standing import standing
+        from qft.memory.moments import Estimate
+        from qft.memory.standing import standing
 
         own = torch.autograd.graph.saved_tensors_hooks(_same, _same)  # whatever hooks the step runs under
         with warnings.catch_warnings(), CPU, torch.autocast("cpu", enabled=False), own:
@@ -265,7 +265,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _by_double_quantization(model: nn.Module) -> int:
     """Bytes that constants of blocks would save in 8 bits, where they are in 32."""
-    from qft.memory_model import weight_bytes
+    from qft.memory.model import weight_bytes
     from qft.weights import linear_weights
 
     saved = 0

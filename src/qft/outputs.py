@@ -12,7 +12,7 @@ from torch import nn
 
 from qft.errors import BadFolder
 from qft.loading import model_class, read_config
-from qft.memory_model import weight_bytes
+from qft.memory.model import weight_bytes
 from qft.paths import check_path
 from qft.quantizer import as_float_dtype, float_weight
 from qft.registry import get_quantizer

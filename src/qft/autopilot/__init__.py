@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qft.auto_choice import Choice, choose, held_out_share, limit_of
-from qft.auto_folder import SMOLLM, base_of, check_digests, check_folder, write_note
-from qft.auto_reasons import Decision
+from qft.autopilot.choice import Choice, choose, held_out_share, limit_of
+from qft.autopilot.folder import SMOLLM, base_of, check_digests, check_folder, write_note
+from qft.autopilot.reasons import Decision
 from qft.errors import BadOption, QftWarning, UnsupportedOperation
 from qft.loading import read_config
 from qft.paths import check_model_path
@@ -167,14 +167,14 @@ def auto(
             if dry_run:
                 decisions = [Decision(**d) for d in note["decisions"]]
                 return AutoResult(str(folder), asked["model"], asked["data"], True, decisions, notes=prepared.findings)
-        from qft import auto_run
+        from qft.autopilot import run
 
         deadline = None if seconds_left is None else start + seconds_left
         if not resumed:
             write_note(folder, note)
-            auto_run.measure_steps(prepared, *choice, asked, note, deadline)
+            run.measure_steps(prepared, *choice, asked, note, deadline)
             write_note(folder, {**note, "state": "training"})
-        result = auto_run.finish(prepared, note, folder, resumed, deadline)
+        result = run.finish(prepared, note, folder, resumed, deadline)
         write_note(folder, {**note, "state": "finished", "result": result.to_dict()})
         return result
 

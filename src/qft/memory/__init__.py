@@ -236,8 +236,8 @@ def plan(
         UnsupportedOperation: encoder-decoders, models without one stack of repeated blocks; DoRA, QA-LoRA, biases of
             adapters, modules trained whole.
     """
-    from qft.memory_choice import choose
-    from qft.memory_moments import Estimate
+    from qft.memory.choice import choose
+    from qft.memory.moments import Estimate
     from qft.quantizer import as_float_dtype
 
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length), ("cards", cards)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qft.memory import GIB, Plan
 
 if TYPE_CHECKING:
-    from qft.memory_moments import Estimate
+    from qft.memory.moments import Estimate
 
 TWINS = {"nf4": "nf4:double_quant=true", "fp4": "fp4:double_quant=true"}
 """What takes less at nearly the same error: NF4's constants in 8 bits are 0.37 bits a weight."""

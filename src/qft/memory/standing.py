@@ -14,8 +14,8 @@ from qft.errors import UnsupportedOperation
 from qft.experts import PackedExperts, stacks
 from qft.lora.experts import QftExperts, chain
 from qft.lora.layer import QftLinear
-from qft.memory_fakes import Experts, Linear
-from qft.memory_model import Outline, Weights
+from qft.memory.fakes import Experts, Linear
+from qft.memory.model import Outline, Weights
 from qft.preparing import _Cast
 from qft.registry import quantizer_of
 from qft.selection import Selection

@@ -19,8 +19,8 @@ from qft.lora.autograd import Update, lora_linear
 from qft.lora.experts import split
 from qft.lora.grouped import ExpertUpdate, Groups, expert_linear
 from qft.loss import LogitScaling, Targets, _LinearCrossEntropy
-from qft.memory_activations import Ledger, Profile, block_profile, fakes, rounded
-from qft.memory_model import Outline, shape_of
+from qft.memory.activations import Ledger, Profile, block_profile, fakes, rounded
+from qft.memory.model import Outline, shape_of
 from qft.quantizer import float_weight
 
 

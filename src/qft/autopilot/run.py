@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qft.auto_choice import Choice, Decision
+from qft.autopilot.choice import Choice, Decision
 from qft.opening import open_model
 from qft.training.setup import Prepared
 
@@ -111,8 +111,8 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
         deadline: of `time.perf_counter()`: training ends when only the note's reserve is left until then.
     """
     import qft
-    from qft.auto_report import write_report
     from qft.autopilot import AutoResult
+    from qft.autopilot.report import write_report
     from qft.training.config import TrainConfig
     from qft.training.models import float_dtype
 

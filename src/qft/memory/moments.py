@@ -14,9 +14,9 @@ from torch import nn
 from qft.blocks import find_blocks
 from qft.errors import BadOption, UnsupportedOperation
 from qft.memory import Plan, kept_blocks
-from qft.memory_activations import rounded
-from qft.memory_fakes import Measured, measure, stand_in
-from qft.memory_model import Outline, Weights, outline
+from qft.memory.activations import rounded
+from qft.memory.fakes import Measured, measure, stand_in
+from qft.memory.model import Outline, Weights, outline
 from qft.places import BUFFERS
 
 WORKSPACE = 64 * 2**20

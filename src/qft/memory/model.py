@@ -16,7 +16,7 @@ from torch import nn
 from qft import marks
 from qft.errors import BadFolder, BadOption, UnsupportedOperation
 from qft.lora.model import check_config, fill_targets, targeted
-from qft.memory_activations import rounded
+from qft.memory.activations import rounded
 from qft.quantizer import Quantizer, float_weight
 from qft.registry import parse_spec
 from qft.selection import Selection, select, settle, target_weights

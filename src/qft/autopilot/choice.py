@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qft.auto_reasons import (
+from qft.autopilot.reasons import (
     Decision,
     Fit,
     enough_tokens,
@@ -26,7 +26,7 @@ from qft.errors import BadOption
 from qft.memory import Plan, memory_of, needed
 
 if TYPE_CHECKING:
-    from qft.memory_moments import Estimate
+    from qft.memory.moments import Estimate
     from qft.training.setup import Prepared
 
 QUANTIZERS = ("int8", "nf4", "nf4:double_quant=true")
@@ -188,7 +188,7 @@ def choose(
 def _estimate(prepared: Prepared, quantizer: str, rank: int) -> Estimate:
     import os
 
-    from qft.memory_moments import Estimate
+    from qft.memory.moments import Estimate
     from qft.training.models import adapter_of, autocast_dtype, float_dtype, optimizes
     from qft.training.setup import Prepared, optimizer_name
 
@@ -233,7 +233,7 @@ def _fit(estimate: Estimate, name: str, length: int, rows: int, limit: int, enou
 
 
 def _widened(estimate: Estimate, batch: int, length: int, limit: int) -> Plan:
-    from qft.memory_choice import choose as widest
+    from qft.memory.choice import choose as widest
 
     return widest(estimate, batch, length, limit, gib(limit))
 
