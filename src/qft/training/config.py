@@ -100,8 +100,8 @@ class TrainConfig:
         lr, scheduler, warmup_ratio, optimizer, weight_decay, max_grad_norm: optimizer and scheduler by transformers'
             names, such as "paged_adamw_8bit" and "cosine".
         epochs, max_steps: how long; `max_steps` wins.
-        max_seconds: stop after the first optimizer step that ends so many seconds after training began; what was trained
-            until then is saved and merged as usual.
+        max_seconds: stop after the first optimizer step that ends so many seconds after the call began, loading and
+            quantizing included; what was trained until then is saved and merged as usual.
         batch_size, gradient_accumulation: rows in a step are their product.
         logging_steps, save_steps, save_total_limit: checkpoints are made every `save_steps` optimizer steps, or every
             such share of the run where it is below 1. The evaluation runs where checkpoints are made.

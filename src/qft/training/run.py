@@ -139,7 +139,7 @@ def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float) -
     log.info("%s, %s: %s", config.model, prepared.task, prepared.train.counts)
     set_seed(config.seed)  # of the adapter's start
     model = load_model(prepared)
-    trainer = build_trainer(model, prepared, run)
+    trainer = build_trainer(model, prepared, run, None if config.max_seconds is None else start + config.max_seconds)
     _train(trainer, last)
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]

@@ -130,18 +130,16 @@ class TimeLimit(TrainerCallback):
     """Ends training, as its last step does, after the first step that ends when the time is up. Before `Watch`, which logs it.
 
     Attributes:
+        deadline: of `time.perf_counter()`.
         cut_from: the steps that there would have been; None where nothing was cut.
     """
 
-    def __init__(self, seconds: float):
-        self.seconds, self.began = seconds, 0.0
+    def __init__(self, deadline: float):
+        self.deadline = deadline
         self.cut_from: int | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step < state.max_steps and time.perf_counter() - self.began >= self.seconds:
+        if state.global_step < state.max_steps and time.perf_counter() >= self.deadline:
             self.cut_from = state.max_steps
             control.should_training_stop = control.should_save = True
             control.should_evaluate |= args.eval_strategy != IntervalStrategy.NO
@@ -187,8 +185,11 @@ def arguments(prepared: Prepared, run: RunFolder) -> dict[str, Any]:
     }
 
 
-def build_trainer(model: nn.Module, prepared: Prepared, run: RunFolder) -> Any:
+def build_trainer(model: nn.Module, prepared: Prepared, run: RunFolder, deadline: float | None = None) -> Any:
     """The task's trainer, ready for `train()`.
+
+    Args:
+        deadline: of `time.perf_counter()`; training ends after the first step that ends later.
 
     Raises:
         BadOption, UnsupportedOperation: a batch would learn padding; packed sequences would read each other.
@@ -204,7 +205,7 @@ def build_trainer(model: nn.Module, prepared: Prepared, run: RunFolder) -> Any:
     trainer.run, trainer.keep = run, prepared.config.save_total_limit
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.time_limit = None if prepared.config.max_seconds is None else TimeLimit(prepared.config.max_seconds)
+    trainer.time_limit = None if deadline is None else TimeLimit(deadline)
     if trainer.time_limit is not None:
         trainer.add_callback(trainer.time_limit)
     trainer.add_callback(Watch(prepared.config.progress))
