@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from qft.calibration import Batch, call
 from qft.errors import BadOption, QftError
+from qft.saying import one_line
 from qft.statistics import Accumulator, Statistics, StatisticsKind, running, watch
 
 LOOPED = "the statistics of a block are taken in one go, and would miss what it reads later"
@@ -144,7 +145,7 @@ def collect(
     except Exception as error:
         if given:
             raise
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error)
         raise BadOption(f"this {type(model).__name__} cannot run on the calibration data: {line}") from error
     finally:
         bar.close()

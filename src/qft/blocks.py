@@ -28,6 +28,7 @@ from qft.errors import QftWarning
 from qft.headless import Patch
 from qft.offloading import Checkpoints
 from qft.positions import counted
+from qft.saying import one_line
 from qft.streaming import WeightStream
 
 _NOT_FOR_BLOCKS = frozenset({"num_items_in_batch", "labels", "shift_labels"})
@@ -257,7 +258,7 @@ class Kind:
         """Compile less after this error, if it is one of the compiler: those come before anything has run."""
         from torch._dynamo import exc
 
-        line = " ".join(str(error).split())[:300]
+        line = one_line(error)
         if self.whole and isinstance(error, exc.Unsupported | exc.FailOnRecompileLimitHit):
             self.whole, self._compiled = False, None
             warnings.warn(f"{self.name} is compiled in pieces, which is slower: {line}", QftWarning, stacklevel=4)

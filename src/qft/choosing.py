@@ -15,6 +15,7 @@ from qft.devices import free_bytes
 from qft.errors import BadOption, QftError, QftWarning, UnsupportedDevice
 from qft.memory import GIB, OUTSIDE, SLACK, memory_limit
 from qft.optimizers import has_states
+from qft.saying import one_line
 
 if TYPE_CHECKING:
     from qft.blocks import Plan
@@ -124,7 +125,7 @@ class Chooser:
         try:
             self._measure(size)
         except Exception as error:  # what runs under fake tensors is anybody's code
-            return self._give_up(" ".join(str(error).split())[:300])
+            return self._give_up(one_line(error))
         found = self._decide(size, device, used, most, again=known is not None)
         self.known[size] = found
         return found.keeps

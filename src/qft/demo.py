@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 import qft
 from qft.devices import default_device
 from qft.errors import BadFolder, BadOption, MissingDependency
-from qft.saying import quiet
+from qft.saying import first_sentence, quiet
 
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"
 PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -250,7 +250,7 @@ def _loading(source: Source) -> Iterator[dict[str, Any]]:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = "" if Path(source.path).exists() else " (no such folder here, so it was looked for on the hub)"
-        raise BadFolder(f"transformers cannot load {source.path!r}{where}: {_line(error)}") from error
+        raise BadFolder(f"transformers cannot load {source.path!r}{where}: {first_sentence(error)}") from error
 
 
 def _load_tokenizer(source: Source) -> Any:
@@ -375,10 +375,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager

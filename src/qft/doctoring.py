@@ -22,6 +22,7 @@ from torch import nn
 
 from qft import devices
 from qft.errors import QftError
+from qft.saying import one_line
 
 GIB = 2**30
 LITTLE_DISK, LITTLE_MEMORY = 5 * GIB, 2 * GIB
@@ -140,12 +141,8 @@ def doctor() -> Doctor:
         try:
             check(found)
         except Exception as error:  # a broken package may raise anything, and the rest is worth knowing
-            found.problems.append(Problem(f"{what} cannot be looked at", f"{type(error).__name__}: {_line(error)}"))
+            found.problems.append(Problem(f"{what} cannot be looked at", f"{type(error).__name__}: {one_line(error)}"))
     return found
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or "no message"
 
 
 def _version(name: str) -> str | None:
@@ -282,11 +279,13 @@ def _quantizers(found: Doctor) -> None:
             with _silence():
                 _try(name, entry)
         except QftError as error:
-            entry.update(state="unusable", why=_line(error))
+            entry.update(state="unusable", why=one_line(error))
         except Exception as error:
-            entry.update(state="fails", why=f"{type(error).__name__}: {_line(error)}")
+            entry.update(state="fails", why=f"{type(error).__name__}: {one_line(error)}")
             found.problems.append(
-                Problem(f"the quantizer {name} fails: {_line(error)}", "update or remove its package, or use another")
+                Problem(
+                    f"the quantizer {name} fails: {one_line(error)}", "update or remove its package, or use another"
+                )
             )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qft.errors import QftWarning
 from qft.loss import IGNORE, PROBE, LogitScaling, Targets, linear_cross_entropy, shifted
+from qft.saying import one_line
 
 
 class _Unfit(Exception):
@@ -86,7 +87,7 @@ class HeadlessForward(Patch):
             # what comes before the head, or from the loss itself, is an error of the call and not of our stand-ins
             if not isinstance(error, _Unfit) and (not step.seen_head or step.done or step.computing):
                 raise
-            self.unfit = " ".join(str(error).split())[:200]
+            self.unfit = one_line(error)
         warnings.warn(
             f"{type(self.module).__name__} computes its own loss, with the logits of all tokens: {self.unfit}",
             QftWarning,

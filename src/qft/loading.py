@@ -20,6 +20,7 @@ from qft.experts import as_stack, pack_parameter
 from qft.paths import did_you_mean
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
 from qft.registry import file_reader, folder_reader, quantizer_of
+from qft.saying import first_sentence
 from qft.selection import Selection, select, settle, target_weights
 
 TRIM_EVERY = 4 * 2**20
@@ -230,13 +231,13 @@ def load_quantized(
     except (QftError, torch.cuda.OutOfMemoryError, MemoryError):
         raise
     except ImportError as error:
-        raise MissingDependency(f"{path} cannot be loaded here: {_line(error)}") from error
+        raise MissingDependency(f"{path} cannot be loaded here: {first_sentence(error)}") from error
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
-            raise BadOption(f"from_pretrained takes no such option: {_line(error)}") from error
-        raise BadFolder(f"cannot load a model from {path}: {_line(error)}") from error
+            raise BadOption(f"from_pretrained takes no such option: {first_sentence(error)}") from error
+        raise BadFolder(f"cannot load a model from {path}: {first_sentence(error)}") from error
     except Exception as error:
-        raise BadFolder(f"cannot load a model from {path}: {_line(error)}") from error
+        raise BadFolder(f"cannot load a model from {path}: {first_sentence(error)}") from error
     if plan is not None:
         plan.finish(model, info["missing_keys"])
     elif missing := info["missing_keys"] if source is None else _missing_codes(model, info["missing_keys"]):
@@ -266,11 +267,6 @@ def _missing_codes(model: nn.Module, missing_keys: Iterable[str]) -> list[str]:
     return [key for key in missing_keys if key.rpartition(".")[0] in owners]
 
 
-def _line(error: BaseException) -> str:
-    """The first sentence of an error's message."""
-    return " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
-
-
 def check_files(folder: Path) -> None:
     """Raise `BadFolder`, with the file's name, where the weights of a local folder are incomplete or damaged.
 
@@ -283,7 +279,7 @@ def check_files(folder: Path) -> None:
         try:
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BadFolder(f"{index} is damaged: {_line(error)}") from error
+            raise BadFolder(f"{index} is damaged: {first_sentence(error)}") from error
     else:
         return
     for file in files:
@@ -293,7 +289,7 @@ def check_files(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except Exception as error:
-            raise BadFolder(f"{file} is damaged, download or save it again: {_line(error)}") from error
+            raise BadFolder(f"{file} is damaged, download or save it again: {first_sentence(error)}") from error
 
 
 def read_config(path: str, options: Mapping[str, Any]) -> Any:
@@ -315,10 +311,10 @@ def read_config(path: str, options: Mapping[str, Any]) -> Any:
     except Exception as error:
         if where.exists():
             file = where / (options.get("gguf_file") or "config.json")
-            raise BadFolder(f"{file} is no model config that can be read: {_line(error)}") from error
+            raise BadFolder(f"{file} is no model config that can be read: {first_sentence(error)}") from error
         raise BadFolder(
             f"cannot read a model from {path}: there is no such folder, and no model of that id in the cache or on the hub "
-            f"({_line(error)}){did_you_mean(path)}"
+            f"({first_sentence(error)}){did_you_mean(path)}"
         ) from error
 
 

@@ -19,6 +19,7 @@ from qft.paths import check_model_path, is_adapter
 from qft.registry import from_config
 from qft.restoring import _strict_load, check_adapter_files, load
 from qft.saving import read_note
+from qft.saying import one_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -101,6 +102,6 @@ def find_tokenizer(*places: str | os.PathLike[str] | None, strict: bool = False)
             return AutoTokenizer.from_pretrained(str(folder) if local else os.fspath(where))
         except Exception as error:  # of many kinds, none of them documented
             if strict and local:
-                line = " ".join(str(error).split())[:200]
+                line = one_line(error)
                 raise BadFolder(f"cannot load a tokenizer from {folder}: {line}") from error
     return None

@@ -13,6 +13,7 @@ from typing import Any
 
 from qft.errors import BadFolder, BadOption, MissingDependency, NeedsCalibration, QftError
 from qft.paths import check_path
+from qft.saying import one_line
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 FORMS = "messages (role and content), prompt and completion, or text"
@@ -207,7 +208,7 @@ def _parquet(raw: bytes, file: Path, error: type[QftError], table: Callable[[Any
     except QftError:
         raise
     except Exception as failure:
-        line = " ".join(str(failure).split())[:200]
+        line = one_line(failure)
         raise error(f"{file} is no parquet file, or is damaged: {line}") from failure
 
 

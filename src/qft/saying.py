@@ -1,4 +1,4 @@
-"""What qft tells a person while it works: progress bars, and lines such as a summary.
+"""What qft tells a person: progress bars, lines such as a summary, and what an error of another library says, in a line.
 
 Lines go to the logger "qft" at level INFO, to which qft adds no handler. Where logging would drop them, since nobody has
 set it up, they go to stderr. `QFT_QUIET=1` in the environment stops bars and lines for a process, `progress=False` for a
@@ -29,3 +29,13 @@ def say(text: str) -> None:
     from tqdm.auto import tqdm
 
     tqdm.write(text, file=sys.stderr)  # leaves a bar that is on the screen whole
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its class where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of what an error says, without its full stop: others are advice for another library's callers."""
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__

@@ -31,7 +31,7 @@ from qft.quantizing import quantize_as
 from qft.registry import Spec, parse_spec
 from qft.restoring import check_adapter_files
 from qft.saving import as_path, read_note
-from qft.saying import quiet, say
+from qft.saying import one_line, quiet, say
 from qft.sourcing import adapted, check_source, loaded, original_of_folder, readable
 from qft.weights import Origin, float_twin, is_quantized, linear_weights
 
@@ -248,7 +248,7 @@ def _wrapped(
     try:
         result = set_peft_model_state_dict(model, state, adapter_name=name)
     except RuntimeError as error:
-        raise AdapterMismatch(f"the adapter does not fit the new base: {' '.join(str(error).split())[:300]}") from error
+        raise AdapterMismatch(f"the adapter does not fit the new base: {one_line(error)}") from error
     lost = [*result.unexpected_keys, *(k for k in result.missing_keys if f".{name}." in f"{k}.")]
     if lost:
         raise UnsupportedOperation(f"this part of the adapter cannot be carried to the new base: {lost[0]}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from qft.errors import BadOption
 from qft.evaluation.data import Row
 from qft.rows import FORMS, conversation
+from qft.saying import one_line
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,7 @@ def _chat(value: Mapping[str, Any], tokenizer: Any, row: Row) -> tuple[str, list
         try:
             return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask))
         except Exception as error:  # templates raise what they like
-            raise BadOption(
-                f"{row.where}: the chat template refuses it: {' '.join(str(error).split())[:200]}"
-            ) from error
+            raise BadOption(f"{row.where}: the chat template refuses it: {one_line(error)}") from error
 
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
     if not answers:

@@ -13,6 +13,7 @@ from torch import nn
 
 from qft import marks
 from qft.errors import BadOption, MissingDependency, QftError
+from qft.saying import one_line
 
 Scores = dict[str, dict[str, float]]
 """task → {metric: value}; the standard error of a metric is under "metric stderr"."""
@@ -73,7 +74,7 @@ def run_tasks(
             f"lm-eval cannot run here: {error}; pip install -U lm-eval brings what it needs"
         ) from error
     except Exception as error:
-        line = " ".join(str(error).split())[:300] or type(error).__name__
+        line = one_line(error)
         raise BadOption(f"lm-eval cannot run {', '.join(map(str, tasks))}: {line}") from error
     finally:
         for module, training in modes:

@@ -18,6 +18,7 @@ from qft.memory.activations import rounded
 from qft.memory.fakes import Measured, measure, stand_in
 from qft.memory.model import Outline, Weights, outline
 from qft.places import BUFFERS
+from qft.saying import one_line
 
 WORKSPACE = 64 * 2**20
 """cuBLAS's, 32 MiB each for the threads of the forward and the backward pass: measured on an H100 (8 MiB before Hopper)."""
@@ -112,7 +113,7 @@ class Estimate:
             except Exception as error:
                 raise UnsupportedOperation(
                     f"{type(self.outline.model).__name__} does not run under fake tensors, so that its activations cannot be "
-                    f"measured: {' '.join(str(error).split())[:200]}"
+                    f"measured: {one_line(error)}"
                 ) from error
         return self._measured[key]
 

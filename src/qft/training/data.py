@@ -12,6 +12,7 @@ from typing import Any
 from qft.errors import BadFolder, BadOption, MissingDependency
 from qft.paths import check_path
 from qft.rows import SUFFIXES, Rows, read_rows
+from qft.saying import first_sentence
 
 EVALUATION = ("valid", "validation", "val", "dev", "eval", "test")
 
@@ -79,7 +80,7 @@ def _saved(path: Path) -> dict[str, Reader]:
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise BadFolder(f"{path} is not a folder that datasets can load: {_line(error)}") from error
+        raise BadFolder(f"{path} is not a folder that datasets can load: {first_sentence(error)}") from error
     whole = data if isinstance(data, dict) else {"train": data}
 
     def reader(name: str) -> Reader:
@@ -111,10 +112,6 @@ def _datasets() -> Any:
     except ImportError as error:
         raise MissingDependency("this needs the package datasets: pip install 'qft[train]'") from error
     return datasets
-
-
-def _line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def held_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qft.errors import BadFolder, QftWarning, UnsupportedOperation
-from qft.training.data import _line
+from qft.saying import first_sentence
 from qft.training.setup import Prepared
 
 AUTO = {
@@ -174,7 +174,7 @@ def _float_model(prepared: Prepared) -> Any:
         model = getattr(transformers, AUTO[prepared.task]).from_pretrained(config.model, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BadFolder(
-            f"model: transformers cannot load {config.model!r} for {prepared.task}: {_line(error)}"
+            f"model: transformers cannot load {config.model!r} for {prepared.task}: {first_sentence(error)}"
         ) from error
     if prepared.task == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = prepared.tokenizer.pad_token_id

@@ -17,9 +17,10 @@ from qft.errors import BadFolder, BadOption, MissingDependency, QftWarning, Unsu
 from qft.loading import read_config
 from qft.paths import check_model_path
 from qft.rows import Rows
+from qft.saying import first_sentence
 from qft.training import checks, encoding
 from qft.training.config import TrainConfig
-from qft.training.data import _line, held_out, read_data
+from qft.training.data import held_out, read_data
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -230,7 +231,9 @@ def _processor(model: str, task: str) -> Any:
         return (AutoProcessor if task == "vision-language" else AutoTokenizer).from_pretrained(model)
     except (OSError, ValueError, KeyError, ImportError) as error:
         what = "processor" if task == "vision-language" else "tokenizer"
-        raise BadFolder(f"model: {model!r} has no {what} that transformers can load: {_line(error)}") from error
+        raise BadFolder(
+            f"model: {model!r} has no {what} that transformers can load: {first_sentence(error)}"
+        ) from error
 
 
 def _limit(config: TrainConfig, model_config: Any) -> int:
