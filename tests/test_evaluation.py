@@ -199,6 +199,15 @@ def test_a_newline_after_the_end_of_the_turn_is_no_answer():
     assert (text, predicted) == ("<u>hi; <a>a b; ", "_" * 10 + "a b;_")
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_are_written_out_as_in_training(as_text):
+    tools = [{"name": "f"}]
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab"}]}
+    row["tools"] = json.dumps(tools) if as_text else tools
+    text, predicted = counted(row, "{% if tools %}{{ tools[0]['name'] }}:{% endif %}" + TEMPLATE)
+    assert (text, predicted) == ("f:<u>hi;<a>ab;", "_" * 11 + "ab;")
+
+
 def test_labels_say_which_ids_count():
     (cut,) = sequences(rows([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]), None, length=8)
     assert cut.counted == [False, False, True, True]

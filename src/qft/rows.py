@@ -227,6 +227,16 @@ def conversation(value: Any) -> Any:
     return [{k: v for k, v in m.items() if v is not None} if isinstance(m, Mapping) else m for m in value]
 
 
+def tools_of(row: Mapping[str, Any]) -> Any:
+    """The tools that a row offers in its conversation, which its template writes out; None where there are none.
+
+    Raises:
+        ValueError: they are text that is no JSON.
+    """
+    tools = row.get("tools")
+    return json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
+
+
 # ---- texts for calibration ---------------------------------------------------------------------------------
 
 
@@ -245,7 +255,10 @@ def read_texts(path: Any, tokenizer: Any = None) -> list[str]:
         raise BadOption(found.skipped[0])
     texts = []
     for i, row in enumerate(found.rows):
-        text = _text(row, tokenizer)
+        try:
+            text = _text(row, tokenizer)
+        except Exception as error:  # templates raise what they like
+            raise BadOption(f"{found.where(i)}: the chat template refuses it: {one_line(error)}") from error
         if text is None:
             raise BadOption(f"{found.where(i)}: has {', '.join(row) or 'nothing'}, and a row has {FORMS}")
         texts += text.replace("\r\n", "\n").split("\n\n") if found.source.lower().endswith(".txt") else [text]
@@ -268,5 +281,5 @@ def _text(row: Any, tokenizer: Any) -> str | None:
     ):
         return None
     if getattr(tokenizer, "chat_template", None) and messages:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tools=tools_of(row), tokenize=False)
     return "\n".join(str(m.get("content", "")) for m in messages)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qft.errors import BadOption
 from qft.evaluation.data import Row
-from qft.rows import FORMS, conversation
+from qft.rows import FORMS, conversation, tools_of
 from qft.saying import one_line
 
 
@@ -161,7 +161,11 @@ def _chat(value: Mapping[str, Any], tokenizer: Any, row: Row) -> tuple[str, list
 
     def render(count: int, ask: bool = False) -> str:
         try:
-            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask))
+            return str(
+                tokenizer.apply_chat_template(
+                    messages[:count], tools=tools_of(value), tokenize=False, add_generation_prompt=ask
+                )
+            )
         except Exception as error:  # templates raise what they like
             raise BadOption(f"{row.where}: the chat template refuses it: {one_line(error)}") from error
 

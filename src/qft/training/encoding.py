@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qft.errors import BadOption, BadShape
 from qft.loss import IGNORE
-from qft.rows import Rows, conversation
+from qft.rows import Rows, conversation, tools_of
 from qft.training.checks import Chat
 from qft.training.config import TrainConfig
 
@@ -176,7 +175,7 @@ def chat(encoder: Chat, config: TrainConfig) -> Callable[[dict[str, Any]], dict[
     """Conversations, with the loss on the answers."""
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
-        ids, labels = encoder(messages_of(row, config), tools_of(row))
+        ids, labels = encoder(messages_of(row, config), _tools(row))
         return _learning(ids, labels)
 
     return one
@@ -191,7 +190,7 @@ def prompt(
     def one(row: dict[str, Any]) -> dict[str, Any]:
         if isinstance(row.get(target), list):
             before, after = checked_messages(row.get(source), source, False), checked_messages(row[target], target)
-            return _learning(*encoder().completion(before, after, tools_of(row)))
+            return _learning(*encoder().completion(before, after, _tools(row)))
         text, answer = text_of(row, source, empty=True), text_of(row, target)
         before = list(tokenizer(text)["input_ids"])
         whole = list(tokenizer(text + answer)["input_ids"])
@@ -288,10 +287,9 @@ def checked_messages(value: Any, column: str, answered: bool = True) -> list[dic
     return value
 
 
-def tools_of(row: dict[str, Any]) -> Any:
-    tools = row.get("tools")
+def _tools(row: dict[str, Any]) -> Any:
     try:
-        return json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
+        return tools_of(row)
     except ValueError:
         raise Unusable("'tools' is text that is no JSON") from None
 
