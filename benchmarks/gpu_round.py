@@ -28,6 +28,7 @@ JOBS: dict[str, tuple[int, str]] = {
         "-m pytest -q -m gpu -n 8 --dist loadscope tests/test_loss.py tests/test_optimizing.py tests/test_kernels_float8.py "
         "tests/test_fp8_compute.py tests/test_offload.py tests/test_choosing.py",
     ),
+    "tests-road": (150, "-m pytest -q -m gpu tests/test_training.py tests/test_auto.py tests/test_trainers.py"),
     "step": (
         240,
         "benchmarks/train_step.py --shape 8b --cap 80GB --profile --timeout 100 --stacks hand,qft,qft@none,qft@auto,"

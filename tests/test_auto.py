@@ -119,6 +119,17 @@ def test_what_is_given_is_kept(model, data, tmp_path, roomy):
 # ---- a run -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantizer", [None, "nf4"])
+def test_a_run_on_cuda(model, data, tmp_path, quantizer):
+    options = {"memory": "4GiB", "device": "cuda", "time_limit": "5min", "quantizer": quantizer, "progress": False}
+    result = qft.auto(model, data, out=tmp_path / "out", **options)
+    assert result.perplexity["after"] < result.perplexity["before"]
+    assert result.perplexity["merged"] == pytest.approx(result.perplexity["after"], rel=0.05)  # bfloat16
+    assert 0 < result.nbytes["most on the GPU while training"] < 4 * GIB
+    assert "cuda" in result.setup["device"].lower() or "nvidia" in result.setup["device"].lower()
+
+
 def test_a_run_trains_merges_and_reports_and_is_not_done_twice(model, data, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -238,6 +238,47 @@ def test_the_adapter_is_that_of_a_hand_written_loop(model, data, tmp_path):
     assert all(torch.allclose(found[k], wanted[k], atol=2e-5) for k in wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization": "int8"},
+        {"optimize": "no", "gradient_checkpointing": False},
+        {"optimizer": "paged_adamw_8bit", "gradient_accumulation": 2},
+        {"packing": True, "memory": "most"},
+        {"quantization": None},
+        {"peft": False, "lr": 1e-3},
+        {"init": "qera", "calibration_samples": 4},
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
+)
+def test_a_language_model_learns_on_cuda(model, data, tmp_path, changes):
+    from transformers import AutoModelForCausalLM
+
+    out, whole = tmp_path / "out", changes.get("peft", True)
+    call = {"model": model, "data_path": data, "project_name": str(out)}
+    options = {
+        "device": "cuda",
+        "optimize": "auto",
+        "max_steps": 30,
+        "batch_size": 6,
+        "merge_adapter": whole,
+        **changes,
+    }
+    torch.cuda.reset_peak_memory_stats()
+    result = qft.train(**call, **quick(**options))
+    assert torch.cuda.max_memory_allocated() > 0
+    found = losses(result)
+    assert result.steps == 30 and found[-1] < 0.7 * found[0]
+    loaded = AutoModelForCausalLM.from_pretrained(result.merged or result.model)
+    ids = torch.tensor([[97, 98, 99]])
+    assert loaded(input_ids=ids).logits.isfinite().all()
+    if whole and options.get("quantization", "nf4") is not None:
+        tuned = qft.load(result.adapter, device="cuda").eval()
+        wanted = tuned(input_ids=ids.cuda()).logits.float().cpu()
+        assert (loaded(input_ids=ids).logits.float() - wanted).norm() < 0.05 * wanted.norm()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
