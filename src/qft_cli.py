@@ -28,6 +28,9 @@ QUANTIZERS = (
 """The registry's names, for tab completion, which has no time to import it; a test compares them."""
 EXIT_CODES = "Exit codes: 0 done; 1 refused, with one line that says why; 2 a wrong option; 130 interrupted by Ctrl-C."
 
+AT_A_SHELL = {"resume='restart'": "--restart", "skip_bad_rows=True": "--skip-bad-rows"}
+"""What errors advise a caller from Python to write, and what that is here."""
+
 # options that several verbs take
 Base = Annotated[str | None, typer.Option(help="The base model of an adapter.", show_default="what it names")]
 Original = Annotated[str | None, typer.Option(help="The float model: its weights are taken, not the dequantized ones.")]
@@ -121,7 +124,10 @@ def _reporting(command: Callable[..., Any]) -> Callable[..., Any]:
             errors = sys.modules.get("qft.errors")
             if errors is None or not isinstance(error, errors.QftError):
                 raise
-            print("qft: error:", " ".join(str(error).split()), file=sys.stderr)
+            text = " ".join(str(error).split())
+            for python, here in AT_A_SHELL.items():
+                text = text.replace(python, here)
+            print("qft: error:", text, file=sys.stderr)
             raise typer.Exit(1) from None
 
     return run

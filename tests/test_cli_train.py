@@ -135,6 +135,7 @@ def test_quantization_without_peft_is_said_to_be_ignored(model, data, tmp_path):
         (["--model", "/nowhere/at/all", "--data-path", "DATA"], "/nowhere/at/all"),
         (["--model", "MODEL", "--data-path", "EMPTY"], "empty"),
         (["--model", "MODEL", "--data-path", "BROKEN"], "broken.jsonl line 2"),
+        (["--model", "MODEL", "--data-path", "BROKEN"], "or --skip-bad-rows skips"),
         (["RUN", "project_name=FILE/out"], "project_name"),
     ],
 )
