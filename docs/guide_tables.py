@@ -137,30 +137,35 @@ def auto_outcome() -> str:
 
 def tuned() -> str:
     """Held-out scores after the same fine-tune, from `benchmarks/tuned_score.py`."""
-    found = _read("tuned_score-cpu.json")
-    seeds = list(dict.fromkeys(r["seed"] for r in found["runs"]))
-    runs = {(r["column"], r["seed"]): r for r in found["runs"]}
     names = {"float": "16 bit", "nf4": "`nf4`", "nf4, qera-full": '`nf4`, `init="qera-full"`'}
-    rows = []
-    for column in dict.fromkeys(r["column"] for r in found["runs"]):
-        own = [runs[column, seed] for seed in seeds]
-        of = [r["accuracy"] / runs["float", r["seed"]]["accuracy"] for r in own]
-        cells = ["accuracy", "exact", "perplexity"]
-        means = [sum(r[c] for r in own) / len(own) for c in cells]
-        shares = "" if column == "float" else ", ".join(f"{share:.1%}" for share in of)
-        rows.append([names[column], f"{means[0]:.1%}", f"{means[1]:.1%}", f"{means[2]:.3f}", shares])
-    head = [
-        "weights under the adapter",
-        "answer tokens right",
-        "answers right",
-        "perplexity",
-        "of 16 bit's tokens, by seed",
-    ]
-    about = (
-        f"{found['steps']} steps of {found['batch']} chats of `examples/make_instructions.py`, rank 16, learning rate "
-        f"{found['lr']:g}; means of {len(seeds)} seeds, each with other held-out chats. {_about('tuned_score-cpu.json', found)}"
-    )
-    return f"{_table(head, rows)}\n\n{about}"
+    files = {"chats": "tuned_score-cpu.json", "text": "tuned_score_text-cpu.json"}
+    rows, notes = [], []
+    for data, file in files.items():
+        found = _read(file)
+        runs = {(r["column"], r["seed"]): r for r in found["runs"]}
+        seeds = list(dict.fromkeys(r["seed"] for r in found["runs"]))
+        for column in dict.fromkeys(r["column"] for r in found["runs"]):
+            own = [runs[column, seed] for seed in seeds]
+            right, exact, perplexity = (
+                sum(r[key] for r in own) / len(own) for key in ("accuracy", "exact", "perplexity")
+            )
+            shares = [r["accuracy"] / runs["float", r["seed"]]["accuracy"] for r in own]
+            rows.append(
+                [
+                    data,
+                    names[column],
+                    f"{right:.1%}",
+                    f"{exact:.1%}" if data == "chats" else "",
+                    f"{perplexity:.3f}",
+                    "" if column == "float" else ", ".join(f"{share:.1%}" for share in shares),
+                ]
+            )
+        notes.append(
+            f"{data.capitalize()}: {found['steps']} steps of {found['batch']} rows, learning rate {found['lr']:g}, means of "
+            f"{len(seeds)} seeds. {_about(file, found)}"
+        )
+    head = ["data", "weights under the adapter", "tokens right", "answers right", "perplexity", "of 16 bit's, by seed"]
+    return "\n\n".join([_table(head, rows), *notes])
 
 
 TABLES: dict[str, Callable[[], str]] = {
