@@ -525,6 +525,21 @@ def slow_steps(monkeypatch, seconds):
     monkeypatch.setattr(Watch, "on_step_begin", lambda *args, **kwargs: time.sleep(seconds))
 
 
+def test_no_bar_is_left_behind_a_failure(model, data, tmp_path, monkeypatch):
+    """It would be drawn once more, below the error."""
+    from tqdm.auto import tqdm
+
+    from qft.training.folder import RunFolder
+
+    def fails(*args):
+        raise qft.BadFolder("full")
+
+    monkeypatch.setattr(RunFolder, "adopt", fails)
+    with refuses(qft.BadFolder, "full"):
+        qft.train(model=model, data_path=data, project_name=str(tmp_path / "out"), **quick(progress=True))
+    assert not tqdm._instances
+
+
 def test_max_seconds_ends_a_run_after_a_whole_step(model, data, tmp_path, whole, monkeypatch):
     """It is saved, evaluated and merged as any other; what was trained is what a run without a limit has after that step."""
     out = tmp_path / "out"

@@ -186,7 +186,10 @@ def _train(trainer: Any, last: Path | None) -> None:
         trainer._load_from_checkpoint(str(last))
         trainer.state = state
     else:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            trainer.watch.close()
 
 
 def _save(model: Any, prepared: Prepared, run: RunFolder) -> str:

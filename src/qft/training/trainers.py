@@ -120,7 +120,8 @@ class Watch(TrainerCallback):
         if shown:
             log.info("step %d: %s", state.global_step, ", ".join(f"{k} {v}" for k, v in shown.items()))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """Leave the screen to what is said next, also where training failed."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -208,7 +209,8 @@ def build_trainer(model: nn.Module, prepared: Prepared, run: RunFolder, deadline
     trainer.time_limit = None if deadline is None else TimeLimit(deadline)
     if trainer.time_limit is not None:
         trainer.add_callback(trainer.time_limit)
-    trainer.add_callback(Watch(prepared.config.progress))
+    trainer.watch = Watch(prepared.config.progress)
+    trainer.add_callback(trainer.watch)
     if prepared.task in ("causal-lm", "seq2seq"):
         check_padding(trainer.data_collator, prepared.train.rows, prepared.tokenizer.pad_token_id)
     return trainer
