@@ -74,18 +74,10 @@ def gpt2(dtype=torch.float32, seed=0):
     return model.to(dtype)
 
 
-def t5(dtype=torch.float32, seed=0):
+def t5(dtype=torch.float32, seed=0, **changes):
     torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu",
-    )
+    sizes = {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    config = T5Config(**{**sizes, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu", **changes})
     return T5ForConditionalGeneration(config).to(dtype).eval()
 
 

@@ -4,6 +4,7 @@ import json
 
 import torch
 from models import llama
+from models import t5 as gated_t5
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -44,20 +45,7 @@ def small_llama(seed=0):
 
 
 def t5():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=SIZE,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    return T5ForConditionalGeneration(config)
+    return gated_t5(vocab_size=SIZE, feed_forward_proj="relu", dropout_rate=0.0)
 
 
 def save_model(folder, template=CHATML, model=None, **changes):
