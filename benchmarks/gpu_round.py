@@ -39,11 +39,11 @@ JOBS: dict[str, tuple[int, str]] = {
         "benchmarks/train_step.py --shape 8b --cap 80GB --profile --timeout 100 --stacks hand,qft-fp8@auto "
         "--out {out}/train_step-8b-fp8.json",
     ),
-    "loss": (150, "benchmarks/fp8_loss.py {smollm} {text} --out {out}/fp8_loss.json"),
+    "loss": (280, "benchmarks/fp8_loss.py {smollm} {text} --out {out}/fp8_loss.json"),
     "context": (420, "benchmarks/context.py --cap 80GB --timeout 100 --out {out}/context.json"),
     "two-bits": (
-        180,
-        "benchmarks/two_bits.py --shape smollm --quantizers aqlm {smollm} {text} --out {out}/two_bits-smollm.json",
+        280,
+        "benchmarks/two_bits.py --shape smollm {smollm} {text} --out {out}/two_bits-smollm.json",
     ),
     "backends": (
         300,
@@ -51,13 +51,13 @@ JOBS: dict[str, tuple[int, str]] = {
         "reference:format=int,bits=3,group_size=64,scaling=sinq reference:format=int,bits=4,group_size=64,scaling=sinq "
         "hqq:scaling=sinq hqq:bits=3,scaling=sinq sinq sinq:bits=3 {smollm} {text} --out {out}/backends.json",
     ),
-    "plan": (300, "benchmarks/memory_plan.py --timeout 260 --out {out}/memory_plan.json"),
+    "plan": (300, "benchmarks/memory_plan.py --jobs 4 --timeout 280 --out {out}/memory_plan.json"),
     "tests-formats": (
         240,
         "-m pytest -q -m gpu -n 8 --dist loadscope tests/test_gpu.py tests/test_sinq.py tests/test_compressed_tensors.py "
         "tests/test_aqlm.py tests/test_inc.py",
     ),
-    "score": (240, "benchmarks/tuned_score.py {smollm} --out {out}/tuned_score.json"),
+    "score": (280, "benchmarks/tuned_score.py {smollm} --out {out}/tuned_score.json"),
 }
 """Name → seconds that it may take, and what Python is told."""
 
