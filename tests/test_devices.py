@@ -199,3 +199,11 @@ def test_the_library_adds_no_handler_and_prints_nothing():
         if p.parent.name != "cli" and re.search(r"^\s*print\(", p.read_text(), re.M)
     ]
     assert printing == []
+
+
+@pytest.mark.gpu
+def test_free_bytes_of_a_device_without_an_index():
+    held = torch.zeros(2**28, device="cuda")
+    total = torch.cuda.mem_get_info()[1]
+    for device in ("cuda", "cuda:0"):
+        assert 0 < devices.free_bytes(torch.device(device)) <= total - held.nbytes

@@ -125,6 +125,8 @@ def test_same_weights_as_on_the_cpu(spec):
     cuda = qft.quantize(llama().cuda(), spec, **options(spec))
     # LLM.int8() rounds activations, HQQ's solver stops when it no longer gains, calibrated ones carry errors on
     bound = 0.02 if spec.partition(":")[0] in ("int8", "hqq", "gptq", "awq") else 2e-3
+    if spec.startswith("sinq"):
+        bound = 0.05  # its zero points are codes: a tie moves a group, and a last bit of the weights as much
     if (spec.startswith("torchao") and "group_size" in spec) or spec == "compressed-tensors":
         bound = 0.05  # their symmetric scales put the largest weight of each group on a tie between two codes
     assert relative(logits(cuda), logits(cpu)) < bound

@@ -260,7 +260,7 @@ def test_streamed_weights_give_the_same_gradients(on_cpu, spec):
 def assert_same_state(model, state):
     now = model.state_dict()
     assert now.keys() == state.keys()
-    assert all(torch.equal(now[k], v) for k, v in state.items())
+    assert all(torch.equal(now[k].to(v.device), v) for k, v in state.items())
 
 
 @pytest.mark.slow
@@ -577,10 +577,12 @@ def test_memory_that_offloading_saves(on_gpu):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step(model, ids, ids)
-        return torch.cuda.max_memory_allocated()
+        gradients = sum(p.grad.numel() * 4 for p in model.parameters() if p.grad is not None)
+        return torch.cuda.max_memory_allocated(), gradients
 
-    boundary, none = 16 * 128 * 512 * 2, peak(None)
-    assert none - peak("activations") > 19 * boundary
+    boundary, (none, gradients) = 16 * 128 * 512 * 2, peak(None)
+    # without inputs the most is held at the end of the backward pass, when all gradients are there, not at its beginning
+    assert none - peak("activations")[0] > (24 - 3) * boundary - gradients
     model = quantized("nf4", lambda **k: llama(torch.bfloat16, **k), **WIDE)
     sizes = [places.nbytes_of(p) for _, p in places.check(model.get_base_model().model.layers)]
-    assert none - peak("weights") > (24 - 1 - 2) * sizes[0] * 0.95
+    assert none - peak("weights")[0] > (24 - 1 - 2) * sizes[0] * 0.95

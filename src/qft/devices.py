@@ -56,6 +56,8 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that this process can still allocate on a device: what is free, what torch holds there without using it, and
     no more than `torch.cuda.set_per_process_memory_fraction` leaves."""
     if device.type == "cuda":
+        if device.index is None:  # not all of torch's questions take "cuda"
+            device = torch.device("cuda", torch.cuda.current_device())
         free, total = torch.cuda.mem_get_info(device)
         held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
