@@ -3,9 +3,13 @@
 Each stack has a process of its own and trains one sequence a step, of lengths that double. The first two lengths have a
 step to warm up: with the second one, blocks are compiled for any length. Beside each peak stands what the plan of the model
 in memory says; a length whose plan is more than a tenth over the device is not tried, nor one whose step would take over
-`--longest` seconds.
+`--longest` seconds: for those that the device would hold there is the plan alone.
+
+`--together` runs all stacks at once, for a short lease of a card that has room for them: peaks are those of each process,
+as `max_memory_allocated` counts them, and times, which would be of nothing, are left out.
 
     python benchmarks/context.py --out benchmarks/results/context-h100.json
+    python benchmarks/context.py --stacks hand,qft,qft-offload --cap 80GB --together --longest 60 --out context-h200.json
     python benchmarks/context.py --shape tiny --device cpu --last 256          # tries the script out
     python benchmarks/context.py --plot benchmarks/results/context-h100.json   # the picture, beside the file
 """
@@ -19,10 +23,12 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 GIB = 1024**3
+TIMES = ("step_s", "tokens_per_second", "warmup_s")
 STACKS: dict[str, dict[str, Any]] = {
     "hand": {},
     "qft": {"memory": "least"},
@@ -49,6 +55,7 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=20, help="seconds of a step")
     parser.add_argument("--cap", help="memory of the GPU that a stack may have, such as 80GB")
     parser.add_argument("--timeout", type=float, default=200, help="seconds of a stack")
+    parser.add_argument("--together", action="store_true", help="all stacks at once, for their memory alone")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="draw this file, measure nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -65,29 +72,25 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     import smollm
 
-    result: dict[str, Any] = {
-        **smollm.about(), "shape": options.shape, "cap": options.cap, "rank": 16, "batch": 1, "runs": [], "notes": {},
-        "largest_by_plan": {},
-    }  # fmt: skip
     names = options.stacks.split(",")
-    following = start(names[0], options)
-    for i, name in enumerate(names):
-        process = following
-        following = start(names[i + 1], options) if i + 1 < len(names) else None  # it imports while this one measures
-        try:
-            out, err = process.communicate("go\n", timeout=options.timeout)
-            note = "" if not process.returncode else (err.strip().splitlines() or ["no output"])[-1][:400]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-            note = f"stopped after {options.timeout:g} s"
-        for line in out.splitlines():
-            if line.startswith('{"note"'):
-                note = json.loads(line)["note"]
-            elif line.startswith('{"largest_by_plan"'):
-                result["largest_by_plan"][name] = json.loads(line)["largest_by_plan"]
-            elif line.startswith("{"):
-                result["runs"].append({"stack": name, **json.loads(line)})
+    result: dict[str, Any] = {
+        **smollm.about(), "shape": options.shape, "cap": options.cap, "rank": 16, "batch": 1, "together": options.together,
+        "runs": [], "notes": {}, "largest_by_plan": {}, "plans": {},
+    }  # fmt: skip
+
+    def keep(name: str, lines: list[str], note: str) -> None:
+        for line in lines:
+            if not line.startswith("{"):
+                continue
+            row = json.loads(line)
+            note = row.get("note", note)
+            if "largest_by_plan" in row:
+                result["largest_by_plan"][name] = row["largest_by_plan"]
+                result["plans"][name] = row["plans"]
+            elif "sequence" in row:
+                result["runs"].append(
+                    {"stack": name, **{k: v for k, v in row.items() if not (options.together and k in TIMES)}}
+                )
                 print(result["runs"][-1], flush=True)
         if note:
             result["notes"][name] = note
@@ -95,8 +98,38 @@ def measure(options: argparse.Namespace) -> None:
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    if options.together:
+        running = [start(name, options) for name in names]
+        with ThreadPoolExecutor(len(names)) as pool:
+            futures = {
+                pool.submit(ended, process, options.timeout): n for n, process in zip(names, running, strict=True)
+            }
+            for future in as_completed(futures):
+                keep(futures[future], *future.result())
+    else:
+        following = start(names[0], options)
+        for i, name in enumerate(names):
+            process = following
+            if i + 1 < len(names):
+                following = start(names[i + 1], options)  # it imports while this one measures
+            keep(name, *ended(process, options.timeout))
     if options.out:
         plot(result, options.out.with_suffix(".svg"))
+
+
+def ended(process: subprocess.Popen[str], timeout: float) -> tuple[list[str], str]:
+    """Let a stack begin; what it printed, and why it did not come to an end."""
+    note = ""
+    try:
+        out, err = process.communicate("go\n", timeout=timeout)
+        if process.returncode:
+            note = (err.strip().splitlines() or ["no output"])[-1][:400]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out = process.communicate()[0]
+        note = f"stopped after {timeout:g} s"
+    return out.splitlines(), note
 
 
 def start(name: str, options: argparse.Namespace) -> subprocess.Popen[str]:
@@ -206,16 +239,17 @@ def planned(model: Any, name: str, length: int) -> int:
 
 
 def say_largest(model: Any, name: str, total: int, options: argparse.Namespace) -> None:
-    """The largest length whose plan fits, by bisection, beside what will be tried."""
+    """The largest length whose plan fits, by bisection, and the plans of those that will be tried and fit."""
     from qft.memory import needed
 
-    low, high = 0, options.first
-    while high <= options.last and needed(planned(model, name, high)) <= total:
+    low, high, plans = 0, options.first, []
+    while high <= options.last and needed(plan := planned(model, name, high)) <= total:
+        plans.append({"sequence": high, "plan_gib": plan / GIB})
         low, high = high, high * 2
     while high - low > max(1024, low // 16) and high <= options.last:
         middle = (low + high) // 2
         low, high = (middle, high) if needed(planned(model, name, middle)) <= total else (low, middle)
-    print(json.dumps({"largest_by_plan": low}), flush=True)
+    print(json.dumps({"largest_by_plan": low, "plans": plans}), flush=True)
 
 
 # ---- the picture -------------------------------------------------------------------------------------------
@@ -228,21 +262,29 @@ def plot(found: dict[str, Any], path: Path) -> Path:
     matplotlib.rcParams["svg.hashsalt"] = "qft"  # the same figures give the same file
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    for axis, (key, title) in zip(
-        axes, (("peak_gib", "peak memory, GiB"), ("tokens_per_second", "tokens a second")), strict=True
-    ):
+    panels = [("peak_gib", "peak memory, GiB"), ("tokens_per_second", "tokens a second")]
+    panels = [p for p in panels if any(p[0] in r for r in found["runs"])]
+    if not panels:  # tried out on a CPU
+        return path
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (key, title) in zip(axes[0], panels, strict=True):
         for name in STACKS:
             rows = [r for r in found["runs"] if r["stack"] == name and key in r]
             if rows:
                 x, y = [r["sequence"] for r in rows], [r[key] for r in rows]
                 axis.plot(x, y, marker="o", color=COLOURS[name], label=LABELS[name])
+                later = [r for r in found["plans"].get(name, ()) if r["sequence"] > x[-1]]
+                if later and key == "peak_gib":
+                    x, y = [x[-1], *(r["sequence"] for r in later)], [y[-1], *(r["plan_gib"] for r in later)]
+                    axis.plot(
+                        x, y, "--", marker="o", fillstyle="none", color=COLOURS[name], label=f"{LABELS[name]}, plan"
+                    )
         axis.set_xscale("log", base=2)
         axis.set_xlabel("tokens in a sequence")
         axis.set_title(title, fontsize=10)
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(fontsize=8, frameon=False)
+    axes[0][-1].legend(fontsize=8, frameon=False)
     title = f"{found['shape'].upper()} shape, one sequence a step: {found['device']}, {found['date'][:10]}"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()

@@ -41,7 +41,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import qft
-from qft import optimizing
+from qft import optimizers, optimizing
 from qft.blocks import BlockForward, find_blocks
 from qft.headless import HeadlessForward, Patch
 
@@ -660,9 +660,16 @@ def test_a_step_on_cuda(name, memory):
 
 
 @pytest.mark.gpu
-def test_paged_states_are_read_whole():
+@pytest.mark.parametrize("room", [True, False])
+def test_paged_states_are_read_whole(monkeypatch, room):
     """Steps that nobody waited for, behind a long queue: the states of the last one, as an optimizer that waits has them."""
     from bitsandbytes.optim import PagedAdamW8bit
+
+    asked = []
+    real = PagedAdamW8bit.prefetch_state
+    monkeypatch.setattr(PagedAdamW8bit, "prefetch_state", lambda self, p: asked.append(p) or real(self, p))
+    if not room:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 2**30))
 
     model = qft.quantize_and_wrap(llama(torch.bfloat16).cuda(), "nf4", progress=False).train()
     weights = [torch.nn.Parameter(torch.zeros(2**20, device="cuda")) for _ in range(4)]
@@ -681,6 +688,8 @@ def test_paged_states_are_read_whole():
             for p in weights:
                 p.grad = torch.randn(p.shape, generator=generator, device="cuda")
             optimizer.step()
+        assert len(asked) == (12 if waits or not room else 0)
+        asked.clear()
         optimizer.state_dict()  # waits
         found.append([optimizer.state[p]["state1"].clone() for p in weights])
         assert found[-1][0].numel() >= 1e5
@@ -715,7 +724,7 @@ def test_only_position_ids_that_were_given_are_searched_for_packed_sequences(mon
 @pytest.mark.parametrize("loss", ["own", "auto"])
 @pytest.mark.parametrize("memory", ["least", "most"])
 def test_no_step_waits_for_the_one_before_it(own_switches, memory, loss):
-    """Nor for itself, but for the one wait in liger-kernel's loss, which counts the labels once more."""
+    """Nor for itself, but for what liger-kernel's loss asks of the device, where that is installed."""
     own_switches.loss = loss
     model = qft.quantize_and_wrap(llama(torch.bfloat16).cuda(), "nf4", progress=False).train()
     qft.optimize_training(model, memory=memory)
@@ -733,7 +742,7 @@ def test_no_step_waits_for_the_one_before_it(own_switches, memory, loss):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     waits = [w.filename for w in found if "synchronizing" in str(w.message)]
-    assert len(waits) <= (loss == "auto") and all("liger_kernel" in name for name in waits)
+    assert all("liger_kernel" in name for name in waits) and (loss == "auto" or not waits)
 
 
 @pytest.mark.gpu
@@ -784,3 +793,33 @@ def test_bitsandbytes_waits_where_states_are_read(monkeypatch):
     waits.clear()
     step()
     assert len(waits) == len(weights)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_paged_states_are_asked_for_where_room_is_short(monkeypatch, room):
+    bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    asked = []
+    monkeypatch.setattr(bnb.optim.PagedAdamW8bit, "prefetch_state", lambda self, p: asked.append(p))
+    monkeypatch.setattr(optimizers, "_has_room", lambda *_: room)
+    model = qft.quantize_and_wrap(llama(), "nf4", progress=False).train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bnb.optim.PagedAdamW8bit(weights, lr=1e-3)
+
+    def step():
+        asked.clear()
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Paged optimizers")  # those of a CPU are not
+            optimizer.step()
+        return len(asked)
+
+    assert step() == len(weights)
+    qft.optimize_training(model)
+    assert step() == (0 if room else len(weights))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(optimizer, "update_step", lambda *_: 1 / 0)
+        step()
+    assert step() == (0 if room else len(weights))
+    qft.unoptimize(model)
+    assert step() == len(weights) and "prefetch_state" not in vars(optimizer)

@@ -1,8 +1,12 @@
-"""bitsandbytes' optimizers wait for the device after each parameter; for an optimized model they do not.
+"""bitsandbytes' optimizers wait for the device at each parameter; for an optimized model they do not.
 
 Their kernels follow each other, and the next step, on one stream. Over the hundreds of small weights of an adapter the
 waiting left an H100 without work for a tenth of a step, and one wait a step for a thirtieth, as the host could not run
 ahead. Only a host that reads paged states has to wait: `state_dict` does.
+
+Paged states are asked back to the device before each update, and behind a queue of work that question waits for the device
+as well. It is left out while the device has more memory free than all of them take. States that had to go earlier are
+brought back by the update's own page faults then: slower once, and the same numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ _hooks: list[Any] = []
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _own: Any = None
 """bitsandbytes' function, while a step runs without it."""
+_asks: torch.optim.Optimizer | None = None
+"""The optimizer whose paged states are not asked for in the step that runs."""
 
 
 def wait_when_read(model: nn.Module) -> None:
@@ -42,7 +48,7 @@ def wait_as_before(model: nn.Module) -> None:
 
 
 def _before(optimizer: torch.optim.Optimizer) -> None:
-    global _own
+    global _own, _asks
     _restore()  # a step that raised did not get to it
     module: Any = sys.modules.get(_MODULE)
     if module is None or not isinstance(optimizer, module.Optimizer8bit):
@@ -53,10 +59,19 @@ def _before(optimizer: torch.optim.Optimizer) -> None:
         if optimizer not in _read:
             _read.add(optimizer)
             optimizer.register_state_dict_pre_hook(_wait)
+        if optimizer.is_paged and _has_room(optimizer, first.device):
+            optimizer.prefetch_state, _asks = _nothing, optimizer
 
 
 def _wait(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     sys.modules[_MODULE].sync_gpu(next(p for group in optimizer.param_groups for p in group["params"]))  # type: ignore[attr-defined]
+
+
+def _has_room(optimizer: Any, device: torch.device) -> bool:
+    """Whether the device has more memory free than paged states take."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.mem_get_info(device)[0] > sum(t.nbytes for t in optimizer.page_mng.paged_tensors)
 
 
 def has_states(weight: nn.Parameter) -> bool:
@@ -70,10 +85,13 @@ def _after(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _restore() -> None:
-    global _own
+    global _own, _asks
     if _own is not None:
         sys.modules[_MODULE].sync_gpu = _own  # type: ignore[attr-defined]
         _own = None
+    if _asks is not None:
+        _asks.__dict__.pop("prefetch_state", None)
+        _asks = None
 
 
 def _nothing(tensor: torch.Tensor) -> None:
