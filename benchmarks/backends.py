@@ -259,8 +259,10 @@ def models(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"quantizer": "float", "perplexity": floats, "bits_per_weight": 32.0}]
     specs = options.quantizers or SPECS
     if options.resume:
-        earlier = json.loads(Path(options.resume).read_text(encoding="utf-8"))["runs"]
-        rows += [r for r in earlier if r["quantizer"] not in ("float", *specs)]
+        earlier = json.loads(Path(options.resume).read_text(encoding="utf-8"))
+        if earlier["device"] != (here := smollm.about()["device"]):
+            raise SystemExit(f"{options.resume} is of another device: {earlier['device']}, and this is {here}")
+        rows += [r for r in earlier["runs"] if r["quantizer"] not in ("float", *specs)]
     for spec in specs:
         rows.append(_tried(spec, lambda spec=spec: measure(plain, folded, spec, (held, calibration))))
         rows.sort(key=lambda r: SPECS.index(r["quantizer"]) if r["quantizer"] in SPECS else -1)

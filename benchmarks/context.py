@@ -262,11 +262,13 @@ def plot(found: dict[str, Any], path: Path) -> Path:
     matplotlib.rcParams["svg.hashsalt"] = "qft"  # the same figures give the same file
     from matplotlib import pyplot
 
+    from qft.memory import memory_of
+
     panels = [("peak_gib", "peak memory, GiB"), ("tokens_per_second", "tokens a second")]
     panels = [p for p in panels if any(p[0] in r for r in found["runs"])]
     if not panels:  # tried out on a CPU
         return path
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(1.5 + 4.5 * len(panels), 4), squeeze=False)
     for axis, (key, title) in zip(axes[0], panels, strict=True):
         for name in STACKS:
             rows = [r for r in found["runs"] if r["stack"] == name and key in r]
@@ -279,12 +281,16 @@ def plot(found: dict[str, Any], path: Path) -> Path:
                     axis.plot(
                         x, y, "--", marker="o", fillstyle="none", color=COLOURS[name], label=f"{LABELS[name]}, plan"
                     )
+        if key == "peak_gib" and found["cap"]:
+            axis.axhline(memory_of(found["cap"]) / GIB, color="#b0b7bf", linewidth=0.8)
+            axis.annotate(f"what each may have: {found['cap']}", (0.02, memory_of(found["cap"]) / GIB - 3), fontsize=8,
+                          xycoords=("axes fraction", "data"))  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set_xlabel("tokens in a sequence")
         axis.set_title(title, fontsize=10)
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(fontsize=8, frameon=False)
+    axes[0][-1].legend(fontsize=8, frameon=False, loc="center left" if len(panels) == 1 else "best")
     title = f"{found['shape'].upper()} shape, one sequence a step: {found['device']}, {found['date'][:10]}"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()

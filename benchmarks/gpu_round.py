@@ -47,7 +47,7 @@ JOBS: dict[str, tuple[int, str]] = {
     ),
     "backends": (
         300,
-        "benchmarks/backends.py models --resume benchmarks/results/backends-h100.json --quantizers gptq:bits=8 inc:method=fp8 "
+        "benchmarks/backends.py models --quantizers gptq:bits=8 inc:method=fp8 "
         "reference:format=int,bits=3,group_size=64,scaling=sinq reference:format=int,bits=4,group_size=64,scaling=sinq "
         "hqq:scaling=sinq hqq:bits=3,scaling=sinq sinq sinq:bits=3 {smollm} {text} --out {out}/backends.json",
     ),

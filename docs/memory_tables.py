@@ -23,9 +23,9 @@ def _read(name: str) -> dict[str, Any] | None:
 
 def plans() -> str:
     """Every combination: what was planned, what was measured."""
-    found = _read("memory_plan-h100.json")
+    found = _read("memory_plan-h200.json")
     if found is None:
-        return _missing("python benchmarks/memory_plan.py --out benchmarks/results/memory_plan-h100.json")
+        return _missing("python benchmarks/memory_plan.py --out benchmarks/results/memory_plan-h200.json")
     head = ["model", "quantizer", "tokens", "recomputed", "optimizer", "path", "plan, GiB", "measured, GiB", "off by"]
     rows = [
         [
@@ -45,31 +45,36 @@ def plans() -> str:
     within = sum(abs(r["error"]) <= 0.05 for r in found["runs"] if "error" in r)
     failed = [f"{r.get('model', r.get('of'))}: {r['failed']}" for r in found["runs"] if "failed" in r]
     text = f"{_table(head, rows)}\n\n{within} of {len(rows)} are within 5 %."
-    return "\n\n".join([text, *failed, _about("memory_plan-h100.json", found)])
+    return "\n\n".join([text, *failed, _about("memory_plan-h200.json", found)])
 
 
 def context() -> str:
     """Peak and rate of one sequence, by its length."""
-    found = _read("context-h100.json")
+    found = _read("context-h200.json")
     if found is None:
-        return _missing("python benchmarks/context.py --out benchmarks/results/context-h100.json")
-    sizes = sorted({r["sequence"] for r in found["runs"]})
+        return _missing("python benchmarks/context.py --out benchmarks/results/context-h200.json")
+    planned = (r for rows in found.get("plans", {}).values() for r in rows)
+    sizes = sorted({r["sequence"] for r in [*found["runs"], *planned]})
     cells = {(r["stack"], r["sequence"]): r for r in found["runs"]}
+    plans = {(s, r["sequence"]): r["plan_gib"] for s, rows in found.get("plans", {}).items() for r in rows}
 
-    def cell(row: dict[str, Any] | None) -> str:
+    def cell(stack: str, n: int) -> str:
+        row = cells.get((stack, n))
         if row is None:
-            return "–"
+            return f"{plans[stack, n]:.2f} GiB by plan" if (stack, n) in plans else "–"
         if "peak_gib" not in row:
             return "too little memory" if "OutOfMemory" in row.get("error", "") else "–"
-        return f"{row['peak_gib']:.1f} GiB, {row['tokens_per_second']:,.0f}/s"
+        rate = f", {row['tokens_per_second']:,.0f}/s" if "tokens_per_second" in row else ""
+        return f"{row['peak_gib']:.2f} GiB{rate}"
 
     names = [n for n in STACKS if any(s == n for s, _ in cells)]
-    rows = [[f"{n:,}", *(cell(cells.get((s, n))) for s in names)] for n in sizes]
+    rows = [[f"{n:,}", *(cell(s, n) for s in names)] for n in sizes]
     if found["largest_by_plan"]:
         rows.append(["longest by plan", *(f"{found['largest_by_plan'].get(s, 0):,}" for s in names)])
     notes = [f"{STACKS[s]}: {text}" for s, text in found["notes"].items()]
     table = _table(["tokens", *(STACKS[s] for s in names)], rows)
-    return "\n\n".join([table, *notes, _about("context-h100.json", found)])
+    cap = f"Each may have {found['cap']} of the card. " if found["cap"] else ""
+    return "\n\n".join([table, *notes, cap + _about("context-h200.json", found)])
 
 
 def small() -> str:

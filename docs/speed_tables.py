@@ -128,6 +128,21 @@ def kinds() -> str:
     return "\n\n".join(parts) or _missing("python benchmarks/train_step.py --profile")
 
 
+def fp8_loss() -> str:
+    """What float8 changes in a fine-tune."""
+    found = files("fp8_loss-")
+    if not found:
+        return _missing("python benchmarks/fp8_loss.py --out benchmarks/results/fp8_loss-h100.json")
+    parts = []
+    for name, file in found.items():
+        rows = [[r["compute"], f"{r['seed']}", f"{r['loss']:.4f}", f"{r['perplexity']:.3f}"] for r in file["runs"]]
+        size = f"{file['steps']} steps of {file['batch']} × {file['length']} tokens, `{file['spec']}`"
+        text = f"**SmolLM2-135M, {size}; held-out perplexity before {file['before']:.3f}**"
+        head = ["base products", "seed", "loss of the last ten steps", "held-out perplexity"]
+        parts.append(f"{text}\n\n{_table(head, rows)}\n\n{_about(name, file)}")
+    return "\n\n".join(parts)
+
+
 def cpu() -> str:
     """SmolLM2 on a CPU."""
     parts = []
@@ -151,4 +166,4 @@ def _by_length(found: dict[str, Any]) -> bool:
     return len({r["sequence"] for r in found["runs"]}) > 1
 
 
-TABLES: dict[str, Callable[[], str]] = {"step": step, "lengths": lengths, "kinds": kinds, "cpu": cpu}
+TABLES: dict[str, Callable[[], str]] = {"step": step, "lengths": lengths, "kinds": kinds, "fp8_loss": fp8_loss, "cpu": cpu}

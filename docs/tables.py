@@ -109,7 +109,7 @@ def seconds() -> str:
 def backends() -> str:
     """A line a backend and device, from `benchmarks/backends.py`."""
     rows = []
-    found = {name: read(name) for name in ("backends-cpu.json", "backends-h100.json")}
+    found = {name: read(name) for name in ("backends-cpu.json", "backends-h100.json", "backends-h200.json")}
     order = list(dict.fromkeys(r["quantizer"] for f in found.values() for r in f["runs"]))
     for quantizer in order:
         for name, file in found.items():
@@ -119,7 +119,7 @@ def backends() -> str:
                 rows.append(
                     [
                         f"`{quantizer}`",
-                        "CPU" if "cpu" in name else "H100",
+                        name.removeprefix("backends-").removesuffix(".json").upper(),
                         *(
                             [f"{run['quantize_s']:.1f}" + "*" * ("busy" in run), f"{run['peak_bytes'] / 2**20:.0f}"]
                             if "quantize_s" in run
@@ -198,6 +198,26 @@ def two_bits() -> str:
     return table(head, rows) + "".join(whole) + _files("two_bits-1b-h100.json")
 
 
+def two_bits_smollm() -> str:
+    """The same formats over SmolLM2, whole."""
+    found = read("two_bits-smollm-h200.json")
+    rows = []
+    for run in found["runs"]:
+        error, took = run.get("layer_output_error"), run.get("quantize_s")
+        rows.append(
+            [
+                f"`{run['quantizer']}`",
+                f"{run['bits_per_weight']:.2f}",
+                f"{run['perplexity']:,.1f}",
+                "" if error is None else f"{error:.3f}",
+                "" if took is None else f"{took:.1f}" + "*" * ("busy" in run),
+            ]
+        )
+    busy = "\n\n\\* other work was on the card." * any("busy" in r for r in found["runs"])
+    head = ["quantizer", "bits", "perplexity", "error of outputs", "seconds"]
+    return table(head, rows) + busy + _files("two_bits-smollm-h200.json")
+
+
 def _methods() -> list[dict[str, Any]]:
     return json.loads((RESULTS / "peft_methods-cpu.json").read_text(encoding="utf-8"))["runs"]
 
@@ -265,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dequantize": dequantize,
     "experts": experts,
     "two_bits": two_bits,
+    "two_bits_smollm": two_bits_smollm,
     "methods": methods,
     "method_refusals": method_refusals,
 }
