@@ -90,6 +90,7 @@ SPECS = (
     "inc:method=awq,group_size=64",
     "inc:method=hqq,group_size=64",
     "inc:method=fp8",
+    "aqlm",
 )
 RUNS = (
     ("1b", "gptq"),

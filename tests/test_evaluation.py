@@ -473,8 +473,31 @@ def test_broken_files(tmp_path, name, content, says):
 def test_files_that_are_not_there(tmp_path):
     with refuses(qft.BadFolder, "there is no file"):
         rows("nowhere.jsonl")
-    with refuses(qft.BadFolder, "is a folder"):
+    with refuses(qft.BadFolder, "is a folder with no data files"):
         rows(tmp_path)
+
+
+def test_a_folder_gives_its_held_out_split(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="pip install 'qft[train]'")
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    assert [r.value for r in rows(tmp_path)] == [{"text": "a"}]  # its only one
+    (tmp_path / "test.csv").write_text("text\nb\nc\n")
+    found = rows(str(tmp_path))
+    assert [r.value for r in found] == [{"text": "b"}, {"text": "c"}] and found[1].where.endswith("test.csv line 3")
+    (tmp_path / "valid.jsonl").write_text('{"text": "d"}\n{\n')
+    with refuses(qft.BadOption, "valid.jsonl line 2", "broken JSON"):
+        rows(tmp_path)
+    part = datasets.Dataset.from_list
+    datasets.DatasetDict({"train": part([{"text": "a"}]), "dev": part([{"text": "b"}])}).save_to_disk(
+        tmp_path / "saved"
+    )
+    (only,) = rows(tmp_path / "saved")
+    assert only.value == {"text": "b"} and only.where == f"{tmp_path / 'saved'}[dev] row 1"
+    part([{"text": "e"}]).save_to_disk(tmp_path / "whole")
+    assert [r.value for r in rows(tmp_path / "whole")] == [{"text": "e"}]
+    datasets.DatasetDict({"train": part([{"text": "a"}]), "more": part([{"text": "b"}])}).save_to_disk(tmp_path / "no")
+    with refuses(qft.BadFolder, "train, more", "give a file"):
+        rows(tmp_path / "no")
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import typer
 def command(
     model: Annotated[str, typer.Argument(help="The folder of an adapter or a model, or a hub id.", show_default=False)],
     data: Annotated[
-        Path | None, typer.Option(help="Held-out rows: jsonl, json, csv, parquet; or txt.", show_default=False)
+        Path | None,
+        typer.Option(help="Held-out rows: jsonl, json, csv, parquet, txt; or a folder of splits.", show_default=False),
     ] = None,
     baseline: Annotated[
         str | None,

@@ -1,14 +1,15 @@
-"""Held-out data: the rows of a file, or of what is in memory."""
+"""Held-out data: the rows of a file, of a folder, or of what is in memory."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from qft.errors import BadOption
-from qft.rows import FORMS, SUFFIXES, read_rows
+from qft.errors import BadFolder, BadOption
+from qft.rows import FORMS, SUFFIXES, Rows, read_rows
 
 KINDS: dict[type, str] = {dict: f"an object with {FORMS}", str: "a text", list: "a list of token ids"}
 
@@ -22,11 +23,12 @@ class Row:
 
 
 def rows(data: Any) -> list[Row]:
-    """The rows of a file, or of what is in memory.
+    """The rows of a file, of a folder, or of what is in memory.
 
     Args:
-        data: a path, as `qft.rows.read_rows` takes it (a .txt file is one text), a text, or an iterable of rows: texts,
-            token ids, mappings of the forms above.
+        data: a path, as `qft.rows.read_rows` takes it (a .txt file is one text); a folder with a file or a split of
+            `datasets` that is called "valid", "test" or the like; a text; or an iterable of rows: texts, token ids,
+            mappings of the forms above.
 
     Raises:
         BadFolder: no such file, or it cannot be read.
@@ -49,9 +51,21 @@ def rows(data: Any) -> list[Row]:
 
 
 def _of_file(path: Any) -> list[Row]:
-    found = read_rows(path, KINDS)
+    found = _held_out(Path(path)) if os.path.isdir(path) else read_rows(path, KINDS)
     if found.skipped:
         raise BadOption(found.skipped[0])
     if not len(found):
         raise BadOption(f"{found.source} is empty: it has no rows to evaluate on")
     return [Row(value, found.where(i)) for i, value in enumerate(found.rows)]
+
+
+def _held_out(folder: Path) -> Rows:
+    """The split of a folder that is called like one, or its only one."""
+    from qft.training.data import EVALUATION, splits_of
+
+    splits = splits_of(folder)
+    names = [name for name in EVALUATION if name in splits] or (list(splits) if len(splits) == 1 else [])
+    if not names:
+        has = ", ".join(splits) or "no data files"
+        raise BadFolder(f"{folder} is a folder with {has}, and none is called {', '.join(EVALUATION)}: give a file")
+    return splits[names[0]](True)  # what is broken is said by who asked

@@ -33,7 +33,7 @@ def read_data(
         BadOption: no such split.
     """
     where = Path(check_path(path, "file or folder", hub=False))
-    splits = _splits(where)
+    splits = splits_of(where)
     if train_split not in splits:
         if len(splits) > 1 or where.is_dir():
             raise BadOption(f"train_split={train_split!r}: {path} has {', '.join(splits) or 'no data files'}")
@@ -57,7 +57,8 @@ def read_data(
 Reader = Callable[[bool], Rows]
 
 
-def _splits(path: Path) -> dict[str, Reader]:
+def splits_of(path: Path) -> dict[str, Reader]:
+    """What reads each split of a file, of a folder with files by split, or of one that `datasets` saved, by its name."""
     if path.is_file():
         return {path.stem: lambda skip: read_file(path, skip)}
     try:
