@@ -27,7 +27,7 @@ _hooks: list[Any] = []
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _own: Any = None
 """bitsandbytes' function, while a step runs without it."""
-_asks: torch.optim.Optimizer | None = None
+_unasked: torch.optim.Optimizer | None = None
 """The optimizer whose paged states are not asked for in the step that runs."""
 
 
@@ -48,7 +48,7 @@ def wait_as_before(model: nn.Module) -> None:
 
 
 def _before(optimizer: torch.optim.Optimizer) -> None:
-    global _own, _asks
+    global _own, _unasked
     _restore()  # a step that raised did not get to it
     module: Any = sys.modules.get(_MODULE)
     if module is None or not isinstance(optimizer, module.Optimizer8bit):
@@ -60,7 +60,7 @@ def _before(optimizer: torch.optim.Optimizer) -> None:
             _read.add(optimizer)
             optimizer.register_state_dict_pre_hook(_wait)
         if optimizer.is_paged and _has_room(optimizer, first.device):
-            optimizer.prefetch_state, _asks = _nothing, optimizer
+            optimizer.prefetch_state, _unasked = _nothing, optimizer
 
 
 def _wait(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -85,13 +85,13 @@ def _after(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _restore() -> None:
-    global _own, _asks
+    global _own, _unasked
     if _own is not None:
         sys.modules[_MODULE].sync_gpu = _own  # type: ignore[attr-defined]
         _own = None
-    if _asks is not None:
-        _asks.__dict__.pop("prefetch_state", None)
-        _asks = None
+    if _unasked is not None:
+        _unasked.__dict__.pop("prefetch_state", None)
+        _unasked = None
 
 
 def _nothing(tensor: torch.Tensor) -> None:

@@ -54,8 +54,9 @@ def evaluate(
 
     Args:
         model: a model, quantized or not, wrapped or not, where it is; or a folder or hub id of an adapter or a model.
-        data: a file (jsonl, json, csv, parquet, txt, which is one text) or rows: `messages`, `prompt` and `completion`,
-            `text`, or token ids. None measures the weights, and the tasks.
+        data: a file (jsonl, json, csv, parquet, txt, which is one text), a folder with a split that is called "valid",
+            "test" or the like, or rows: `messages`, `prompt` and `completion`, `text`, or token ids. None measures the
+            weights, and the tasks.
         baseline: a model, or a folder or hub id. None looks for the float model that this one comes from, checks that it
             is that one, and loads it beside it; where there is none, the result says why. False does without.
         tokenizer: or its folder. None takes the model's.
