@@ -166,4 +166,10 @@ def _by_length(found: dict[str, Any]) -> bool:
     return len({r["sequence"] for r in found["runs"]}) > 1
 
 
-TABLES: dict[str, Callable[[], str]] = {"step": step, "lengths": lengths, "kinds": kinds, "fp8_loss": fp8_loss, "cpu": cpu}
+TABLES: dict[str, Callable[[], str]] = {
+    "step": step,
+    "lengths": lengths,
+    "kinds": kinds,
+    "fp8_loss": fp8_loss,
+    "cpu": cpu,
+}
