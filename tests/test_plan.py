@@ -96,7 +96,7 @@ def test_peaks_measured_on_a_gpu(key):
     assert 0 <= run["model_gib"] - frozen / GIB + 1e-3 <= 0.12
 
 
-COMBINATIONS = [r for r in json.loads((RESULTS / "memory_plan-h100.json").read_text())["runs"] if "peak_gib" in r]
+COMBINATIONS = [r for r in json.loads((RESULTS / "memory_plan-h200.json").read_text())["runs"] if "peak_gib" in r]
 
 
 @pytest.mark.usefixtures("with_liger")
