@@ -5,7 +5,7 @@ step to warm up: with the second one, blocks are compiled for any length. Beside
 in memory says; a length whose plan is more than a tenth over the device is not tried, nor one whose step would take over
 `--longest` seconds: for those that the device would hold there is the plan alone.
 
-`--together` runs all stacks at once, for a short lease of a card that has room for them: peaks are those of each process,
+`--together` runs all stacks at once, on a card that has room for them, in less time: peaks are those of each process,
 as `max_memory_allocated` counts them, and times, which would be of nothing, are left out.
 
     python benchmarks/context.py --out benchmarks/results/context-h100.json
