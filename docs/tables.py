@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,12 @@ def backends() -> str:
                 )
     head = ["quantizer", "device", "seconds", "peak MiB", "bits", "perplexity", "folded", "gradients", "to float", "merged",
             "saved, loaded"]  # fmt: skip
-    busy = "\n\n\\* other work was on the card." * any("busy" in r for f in found.values() for r in f["runs"])
-    return table(head, rows) + busy + _files(*found)
+    return table(head, rows) + _busy(r for f in found.values() for r in f["runs"]) + _files(*found)
+
+
+def _busy(runs: Iterable[dict[str, Any]]) -> str:
+    """What the mark at a figure means, where there is one."""
+    return "\n\n\\* other work was on the card." * any("busy" in r for r in runs)
 
 
 def backend_shapes() -> str:
@@ -213,9 +217,8 @@ def two_bits_smollm() -> str:
                 "" if took is None else f"{took:.1f}" + "*" * ("busy" in run),
             ]
         )
-    busy = "\n\n\\* other work was on the card." * any("busy" in r for r in found["runs"])
     head = ["quantizer", "bits", "perplexity", "error of outputs", "seconds"]
-    return table(head, rows) + busy + _files("two_bits-smollm-h200.json")
+    return table(head, rows) + _busy(found["runs"]) + _files("two_bits-smollm-h200.json")
 
 
 def _methods() -> list[dict[str, Any]]:

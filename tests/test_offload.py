@@ -577,7 +577,7 @@ def test_memory_that_offloading_saves(on_gpu):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step(model, ids, ids)
-        gradients = sum(p.grad.numel() * 4 for p in model.parameters() if p.grad is not None)
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         return torch.cuda.max_memory_allocated(), gradients
 
     boundary, (none, gradients) = 16 * 128 * 512 * 2, peak(None)

@@ -202,29 +202,12 @@ def test_the_last_product_of_a_block_is_not_recomputed(compiled):
     assert found["least"] == {"forward": 21, "backward": 35 + 19}
 
 
-def test_compiled_linears_have_no_gradient_of_their_own(compiled):
-    """Torch would look for it in Python at each call; and what has none is right in inference mode, too."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
-
-    called = []
-
-    def compiler(graph, _):
-        called.extend(str(n.target) for n in graph.graph.nodes if "qft." in str(n.target))
-        return make_boxed_func(graph.forward)
-
-    compiled.backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
-    model = qft.quantize_and_wrap(llama(), "nf4", progress=False).train()
-    before = step(model)
-    qft.optimize_training(model, memory="most")
-    model.enable_input_require_grads()
-    same_step(model, before)
-    assert set(called) == {"qft.lora_linear_forward.default", "qft.lora_linear_backward.default"}
-    called.clear()
-    wanted = logits(model.eval(), IDS)
+def test_a_model_that_others_compile_is_right_in_inference_mode():
+    model = qft.quantize_and_wrap(llama(), "nf4", progress=False).eval()
+    wanted = logits(model, IDS)
     with torch.inference_mode():
-        found = torch.compile(model, backend=compiled.backend)(input_ids=IDS).logits
-    assert called and relative(found, wanted) < 1e-6
+        found = torch.compile(model, backend="aot_eager")(input_ids=IDS).logits
+    assert relative(found, wanted) < 1e-6
 
 
 def test_dropout_is_the_same_in_what_is_recomputed(compiled):

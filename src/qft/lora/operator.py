@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from qft.lora import float8
 from qft.lora.products import Layout, backward, bias_gradient, forward, inner, settled
@@ -102,12 +101,11 @@ def _layer(number: Tensor) -> Sourced:
 
 _library = torch.library.Library("qft", "DEF")
 _LAYOUT = "float[] scalings, bool[] has_dropped, bool[] has_bias"
-_FORWARD = (
-    "(Tensor x, Tensor? codes, Tensor? scale, Tensor number, SymInt out_features, Tensor? bias, Tensor[] tensors, "
-    f"Tensor[] products, {_LAYOUT}) -> Tensor"
+_library.define(
+    "lora_linear(Tensor x, Tensor? codes, Tensor? scale, Tensor number, SymInt out_features, Tensor? bias, "
+    "Tensor[] tensors, Tensor[] products, "
+    f"{_LAYOUT}) -> Tensor"
 )
-_library.define(f"lora_linear{_FORWARD}")
-_library.define(f"lora_linear_forward{_FORWARD}")
 _library.define(
     f"lora_linear_backward(Tensor g, Tensor x, Tensor number, Tensor[] tensors, Tensor[] products, {_LAYOUT}, "
     "bool in_float8, bool need_x, bool[] needs) -> Tensor[]"
@@ -125,8 +123,7 @@ def _rows_shapes(x):
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")  # in inference mode
-@torch.library.impl(_library, "lora_linear_forward", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")
 def _forward(x, codes, scale, number, out_features, bias, tensors, products, scalings, has_dropped, has_bias):
     layout, layer, weight, base = Layout(scalings, has_dropped, has_bias), _layer(number), None, None
     with settled(x):
@@ -138,7 +135,6 @@ def _forward(x, codes, scale, number, out_features, bias, tensors, products, sca
 
 
 @torch.library.register_fake("qft::lora_linear", lib=_library)
-@torch.library.register_fake("qft::lora_linear_forward", lib=_library)
 def _forward_shape(x, codes, scale, number, out_features, bias, tensors, products, scalings, has_dropped, has_bias):
     return x.new_empty(x.shape[0], out_features)
 
@@ -161,37 +157,26 @@ def _backward_shapes(g, x, number, tensors, products, scalings, has_dropped, has
     return ([x.new_empty(x.shape)] if need_x else []) + wanted
 
 
-# The operator that is traced is this function; what is left of it in compiled code are the two without a gradient of their
-# own, since torch looks for one in Python at each call of an operator that has one.
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bias, others, count, *tensors):
-        codes, scale, number, out_features, *layout = others
-        tensors, products = list(tensors[:count]), list(tensors[count:])
-        ctx.save_for_backward(x, number, *tensors, *products)
-        ctx.count, ctx.layout, ctx.in_float8 = count, layout, codes is not None
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.ops.qft.lora_linear_forward(
-            x, codes, scale, number, out_features, bias, tensors, products, *layout
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        x, number, *saved = ctx.saved_tensors
-        tensors, products = saved[: ctx.count], saved[ctx.count :]
-        need_x, need_bias, needs = *ctx.needs_input_grad[:2], list(ctx.needs_input_grad[4 : 4 + ctx.count])
-        found: list[Tensor] = []
-        if need_x or any(needs):
-            arguments = (g, x, number, tensors, products, *ctx.layout, ctx.in_float8, need_x, needs)
-            found = list(torch.ops.qft.lora_linear_backward(*arguments))
-        gx = found.pop(0) if need_x else None
-        gbias = bias_gradient(g, ctx.bias_dtype) if need_bias else None
-        grads = [found.pop(0) if n else None for n in needs]
-        return gx, gbias, None, None, *grads, *[None] * len(products)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, _, number, _, bias, tensors, products, scalings, has_dropped, has_bias = inputs
+    ctx.save_for_backward(x, number, *tensors, *products)
+    ctx.count, ctx.layout, ctx.in_float8 = len(tensors), (scalings, has_dropped, has_bias), codes is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-@torch.library.impl(_library, "lora_linear", "Autograd")
-def _differentiable(x, codes, scale, number, out_features, bias, tensors, products, *layout):
-    others = (codes, scale, number, out_features, *layout)
-    return _Linear.apply(x, bias, others, len(tensors), *tensors, *products)
+def _differentiate(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    x, number, *saved = ctx.saved_tensors
+    tensors, products = saved[: ctx.count], saved[ctx.count :]
+    need_x, need_bias, needs = (ctx.needs_input_grad[i] for i in (0, 5, 6))
+    needs = list(needs) if tensors else []
+    found: list[Tensor] = []
+    if need_x or any(needs):
+        arguments = (g, x, number, tensors, products, *ctx.layout, ctx.in_float8, need_x, needs)
+        found = list(torch.ops.qft.lora_linear_backward(*arguments))
+    gx = found.pop(0) if need_x else None
+    gbias = bias_gradient(g, ctx.bias_dtype) if need_bias else None
+    grads = [found.pop(0) if n else None for n in needs]
+    return gx, None, None, None, None, gbias, grads, [None] * len(products), None, None, None
+
+
+torch.library.register_autograd("qft::lora_linear", _differentiate, setup_context=_save, lib=_library)
