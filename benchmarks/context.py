@@ -1,7 +1,8 @@
 """Context length against memory: one sequence a step, doubled until it does not fit, by hand and by qft.
 
 Each stack has a process of its own and trains one sequence a step, of lengths that double. The first two lengths have a
-step to warm up: with the second one, blocks are compiled for any length. Beside each peak stands what the plan of the model
+step to warm up: with the second one, blocks are compiled for any length. With offloaded activations all lengths have one,
+which takes its buffers from the host's memory. Beside each peak stands what the plan of the model
 in memory says; a length whose plan is more than a tenth over the device is not tried, nor one whose step would take over
 `--longest` seconds: for those that the device would hold there is the plan alone.
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=200, help="seconds of a stack")
     parser.add_argument("--together", action="store_true", help="all stacks at once, for their memory alone")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", type=Path, help="an earlier file of the same device, whose other stacks are kept")
     parser.add_argument("--plot", type=Path, help="draw this file, measure nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -77,6 +79,14 @@ def measure(options: argparse.Namespace) -> None:
         **smollm.about(), "shape": options.shape, "cap": options.cap, "rank": 16, "batch": 1, "together": options.together,
         "runs": [], "notes": {}, "largest_by_plan": {}, "plans": {},
     }  # fmt: skip
+    if options.resume:
+        earlier = json.loads(options.resume.read_text(encoding="utf-8"))
+        same = ("device", "shape", "cap", "rank", "batch", "together")
+        if there := {k: earlier[k] for k in same if earlier[k] != result[k]}:
+            raise SystemExit(f"{options.resume} is of {there}, and this is of { {k: result[k] for k in there} }")
+        result["runs"] = [r for r in earlier["runs"] if r["stack"] not in names]
+        for key in ("notes", "largest_by_plan", "plans"):
+            result[key] = {k: v for k, v in earlier[key].items() if k not in names}
 
     def keep(name: str, lines: list[str], note: str) -> None:
         for line in lines:
@@ -180,7 +190,7 @@ def serve(name: str, options: argparse.Namespace) -> None:
             row["error"] = "not tried: the plan is more than a tenth over the device"
         else:
             try:
-                row |= steps.measure(length, warmup=i < 2)
+                row |= steps.measure(length, warmup=i < 2 or name == "qft-offload")
                 seconds = row["step_s"]
             except (torch.OutOfMemoryError, qft.QftError) as error:
                 row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -232,7 +242,12 @@ def planned(model: Any, name: str, length: int) -> int:
     fast = name != "hand"
     asks = planned.__dict__.setdefault("asks", None)
     if asks is None:
-        plan = blocks.Plan(compiles=fast, loss=object() if fast else None)  # type: ignore[arg-type]
+        offloads = "offload" in STACKS[name]
+        plan = blocks.Plan(
+            compiles=fast,
+            loss=object() if fast else None,
+            checkpoints=object() if offloads else None,  # type: ignore[arg-type]
+        )
         asks = planned.__dict__["asks"] = choosing.Chooser("auto", model.get_base_model(), plan)
     used = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     return used + asks._adds(choosing.Size(1, length, False, not fast), 0)

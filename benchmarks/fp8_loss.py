@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--spec", default="nf4")
     parser.add_argument("--runs", nargs="*", default=["bf16:0", "fp8:0", "bf16:1", "fp8:1", "bf16:0"])
+    parser.add_argument("--resume", help="an earlier file of the same device and settings, whose runs are kept")
     parser.add_argument("--emulate", action="store_true")
     options = parser.parse_args()
     if options.emulate:
@@ -45,7 +46,14 @@ def main() -> None:
     plain, tokenizer = smollm.load(options.model, device, torch.bfloat16)
     tokens = tokenizer(smollm.text(options.text), return_tensors="pt", verbose=False).input_ids[0]
     held, _, tuning = smollm.windows(tokens, options.length)
+    settings = {k: getattr(options, k) for k in ("spec", "steps", "batch", "length")} | {"emulated": options.emulate}
     rows, before = [], None
+    if options.resume:
+        earlier = json.loads(Path(options.resume).read_text(encoding="utf-8"))
+        here = {"device": smollm.about()["device"], **settings}
+        if there := {k: earlier[k] for k in here if earlier[k] != here[k]}:
+            raise SystemExit(f"{options.resume} is of {there}, and this is of {here}")
+        rows = earlier["runs"]
     for run in options.runs:
         compute, _, seed = run.partition(":")
         torch.manual_seed(int(seed))
@@ -64,8 +72,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True)
         if options.out:
-            shape = {k: getattr(options, k) for k in ("spec", "steps", "batch", "length")}
-            about = {**smollm.about(), **shape, "before": before, "emulated": options.emulate}
+            about = {**smollm.about(), **settings, "before": before}
             Path(options.out).write_text(json.dumps({**about, "runs": rows}, indent=1) + "\n")
 
 

@@ -40,7 +40,10 @@ JOBS: dict[str, tuple[int, str]] = {
         "--out {out}/train_step-8b-fp8.json",
     ),
     "loss": (280, "benchmarks/fp8_loss.py {smollm} {text} --out {out}/fp8_loss.json"),
-    "context": (420, "benchmarks/context.py --cap 80GB --timeout 100 --out {out}/context.json"),
+    "context": (
+        480,
+        "benchmarks/context.py --stacks hand,qft,qft-offload --cap 80GB --longest 80 --timeout 240 --out {out}/context.json",
+    ),
     "two-bits": (
         280,
         "benchmarks/two_bits.py --shape smollm {smollm} {text} --out {out}/two_bits-smollm.json",

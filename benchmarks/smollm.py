@@ -7,6 +7,7 @@ calibration data, tuning reads what follows.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
 import math
@@ -26,6 +27,8 @@ from qft import demo
 WINDOW = 512
 HELD_OUT = 8
 CALIBRATION = 16
+OPTIONAL = ("triton", "torchao", "gptqmodel", "aqlm", "neural-compressor-pt")
+"""Packages whose own kernels or quantizers run here; their versions are written down where they are installed."""
 
 
 def text(path: str | None = None) -> str:
@@ -140,6 +143,9 @@ def about() -> dict[str, Any]:
     versions = {}
     for name in ("torch", "transformers", "peft", "bitsandbytes", "qft"):
         versions[name] = importlib.metadata.version(name) if name != "qft" else __import__("qft").__version__
+    for name in OPTIONAL:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -571,3 +571,56 @@ def test_nothing_waits_for_the_device(launched):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert launched == ["stream", "stream"]
+
+
+def loss_in_float64(logits, targets, scale, cap):
+    """Losses (tokens,) and the gradient of their sum."""
+    x = logits.detach().double().cpu().requires_grad_()
+    z = x * scale if cap is None else cap * torch.tanh(x * scale / cap)
+    losses = torch.nn.functional.cross_entropy(z, targets.cpu(), reduction="none")
+    losses.sum().backward()
+    return losses.detach(), x.grad
+
+
+@on_device
+@pytest.mark.parametrize("scale, cap", [(1.0, None), (0.25, None), (1.0, 5.0), (2.0, 30.0)])
+@pytest.mark.parametrize("vocabulary", [1, 7, 128, 5003], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_next_token(dtype, vocabulary, scale, cap):
+    """Over vocabularies that fill no block, one, and two; rows of large and of equal logits, and of one that is -inf."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (3 * torch.randn(9, vocabulary, generator=generator)).to(dtype)
+    logits[1], logits[2] = 40 * logits[1], 2.0
+    if vocabulary > 1 and cap is None:
+        logits[3, 0] = -torch.inf
+    targets = torch.randint(0, vocabulary, (9,), generator=generator).clamp_(min=min(1, vocabulary - 1))
+    targets[0] = vocabulary - 1
+    losses, grad = loss_in_float64(logits, targets, scale, cap)
+    logits, targets = logits.to(DEVICE), targets.to(DEVICE)
+    for gradient in (False, True):
+        mine, found = logits.clone(), torch.empty(9, device=DEVICE)
+        assert kernels.next_token(mine, targets, found, scale, cap, gradient)
+        assert torch.allclose(found.cpu().double(), losses, rtol=2e-6, atol=2e-5)
+        if not gradient:
+            assert torch.equal(mine, logits)
+        else:
+            rounding = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+            assert (mine.cpu().double() - grad).norm() <= rounding * grad.norm()
+
+
+@on_device
+@pytest.mark.parametrize("target", [-1, -100, 40, 2**40])
+def test_a_target_outside_the_vocabulary_is_no_number(target):
+    logits, found = torch.randn(3, 40, device=DEVICE), torch.empty(3, device=DEVICE)
+    assert kernels.next_token(logits, torch.tensor([5, target, 39], device=DEVICE), found, 1.0, None, True)
+    assert found.isnan().tolist() == [False, True, False]
+
+
+@on_device
+def test_logits_that_next_token_has_no_kernel_for():
+    logits, found, targets = torch.randn(3, 40, device=DEVICE), torch.empty(3, device=DEVICE), torch.zeros(3, dtype=int)
+    targets = targets.to(DEVICE)
+    assert not kernels.next_token(logits.double(), targets, found, 1.0, None, True)
+    assert not kernels.next_token(logits, targets.int(), found, 1.0, None, True)
+    assert not kernels.next_token(logits.T.contiguous().T, targets, found, 1.0, None, True)
+    assert not kernels.next_token(logits[:0], targets[:0], found[:0], 1.0, None, True)

@@ -6,6 +6,7 @@ from models import relative
 from torch.nn.functional import cross_entropy
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from qft import kernels
 from qft import loss as module
 from qft.loss import PROBE, LogitScaling, Targets, linear_cross_entropy, shifted
 
@@ -208,14 +209,22 @@ def test_anything_else_is_not_taken_for_a_scaling(other):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["own", "auto"])
-@pytest.mark.parametrize("scaling", [LogitScaling(), LogitScaling(1.0, 5.0)], ids=str)
+@pytest.mark.parametrize("kernel", ["own", "liger", "torch"])
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_cuda(small_chunks, kernel, scaling, dtype):
+def test_on_cuda(monkeypatch, small_chunks, kernel, scaling, dtype):
+    """By qft's kernel, by liger-kernel's where it is installed and fits, and by torch code."""
     torch.backends.cuda.matmul.allow_tf32 = False
+    ran, real = [], kernels.next_token
+    if kernel == "torch":
+        monkeypatch.setattr(kernels, "next_token", lambda *_: False)
+    else:
+        monkeypatch.setattr(kernels, "next_token", lambda *a: ran.append(real(*a)) or ran[-1])
     hidden, weight, _, labels = problem(dtype=dtype, device="cuda")
-    value = linear_cross_entropy(hidden, weight, shifted(labels), scaling=scaling, kernel=kernel)
+    kind = "liger" if kernel == "liger" else "own"
+    value = linear_cross_entropy(hidden, weight, shifted(labels), scaling=scaling, kernel=kind)
     value.backward()
+    assert all(ran) and (kernel != "own" or ran)
     expected, grad = reference(hidden, weight, None, labels, scaling)
     assert relative(value, expected) < (2e-6 if dtype == torch.float32 else 2e-3)
     assert relative(hidden.grad, grad) < (1e-5 if dtype == torch.float32 else 1e-2)

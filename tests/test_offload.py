@@ -114,10 +114,10 @@ def test_what_blocks_start_from_is_not_kept(monkeypatch):
     loss = model(input_ids=IDS, labels=IDS).loss
     gc.collect()
     # the first is a leaf, whose gradient is wanted, the last is needed at once
-    assert [r() is not None for r in inputs[1:]] == [False, False, False, True]
+    assert [r() is not None for r in inputs] == [True, False, False, False, True]
     assert not checkpoints.idle_bytes
     loss.backward()
-    assert checkpoints.idle_bytes == 5 * 2 * 13 * 64 * 4
+    assert checkpoints.idle_bytes == 4 * 2 * 13 * 64 * 4
 
 
 def test_buffers_are_used_again_and_come_back():
@@ -126,7 +126,7 @@ def test_buffers_are_used_again_and_come_back():
     checkpoints = plan_of(model).checkpoints
     step(model)
     buffers = {b.data_ptr() for b in checkpoints._free}
-    assert len(buffers) == 5
+    assert len(buffers) == 4
     for length in [13, 5, 9, 13]:  # shorter ones fit into what is there
         step(model, IDS[:, :length], IDS[:, :length])
     out = model(input_ids=IDS, labels=IDS)  # a forward without a backward
@@ -134,7 +134,7 @@ def test_buffers_are_used_again_and_come_back():
     del out
     assert {b.data_ptr() for b in checkpoints._free} == buffers
     step(model, batch(shape=(2, 20)), batch(shape=(2, 20)))
-    assert len(checkpoints._free) == 5 and all(b.numel() == 2 * 20 * 64 * 4 for b in checkpoints._free)
+    assert len(checkpoints._free) == 4 and all(b.numel() == 2 * 20 * 64 * 4 for b in checkpoints._free)
     qft.unoptimize(model)
     assert not checkpoints.idle_bytes
 
@@ -424,10 +424,11 @@ def test_a_plan_counts_what_is_offloaded():
     none = qft.plan(config, **asked)
     inputs = qft.plan(config, **asked, offload="activations")
     boundary = 16 * 128 * 128 * 2
-    assert inputs.host == 12 * boundary and not none.host
-    assert none.moments["loss"]["activations"] - inputs.moments["loss"]["activations"] == 11 * boundary
+    assert inputs.host == 11 * boundary and not none.host
+    # the first stays, since it is a leaf, and the last until it is needed
+    assert none.moments["loss"]["activations"] - inputs.moments["loss"]["activations"] == 10 * boundary
     # the worst block of the one is the last, of the other one of the first, beside the gradients of all others
-    assert 9 * boundary < none.totals["backward"] - inputs.totals["backward"] <= 10 * boundary
+    assert 8 * boundary < none.totals["backward"] - inputs.totals["backward"] <= 9 * boundary
     packed = sum(none.moments["loading"][k] for k in ("codes", "constants"))
     for resident in [None, 3, 12]:
         some = qft.plan(config, **asked, offload="weights", resident=resident)

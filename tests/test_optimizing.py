@@ -729,7 +729,7 @@ def test_only_position_ids_that_were_given_are_searched_for_packed_sequences(mon
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("loss", ["own", "auto"])
+@pytest.mark.parametrize("loss", ["auto", "liger"])
 @pytest.mark.parametrize("memory", ["least", "most"])
 def test_no_step_waits_for_the_one_before_it(own_switches, memory, loss):
     """Nor for itself, but for what liger-kernel's loss asks of the device, where that is installed."""
@@ -750,7 +750,7 @@ def test_no_step_waits_for_the_one_before_it(own_switches, memory, loss):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     waits = [w.filename for w in found if "synchronizing" in str(w.message)]
-    assert all("liger_kernel" in name for name in waits) and (loss == "auto" or not waits)
+    assert all("liger_kernel" in name for name in waits) and (loss == "liger" or not waits)
 
 
 @pytest.mark.gpu

@@ -74,13 +74,6 @@ def planned(shape, spec="nf4", *, batch, sequence, recompute="all", **more):
     return qft.plan(SHAPES[shape], spec, batch_size=batch, sequence_length=sequence, **options)
 
 
-@pytest.fixture
-def with_liger(monkeypatch):
-    """As where the peaks were measured."""
-    monkeypatch.setattr("qft.memory.moments.find_spec", lambda name: name)
-
-
-@pytest.mark.usefixtures("with_liger")
 @pytest.mark.parametrize("key", MEASURED, ids=lambda k: "-".join(map(str, k)))
 def test_peaks_measured_on_a_gpu(key):
     """Within 5 % is asked for, and within 1 % is what they are."""
@@ -99,7 +92,6 @@ def test_peaks_measured_on_a_gpu(key):
 COMBINATIONS = [r for r in json.loads((RESULTS / "memory_plan-h200.json").read_text())["runs"] if "peak_gib" in r]
 
 
-@pytest.mark.usefixtures("with_liger")
 @pytest.mark.parametrize("run", COMBINATIONS, ids=lambda r: f"{r['combination']}-{r['model']}-{r['quantizer']}")
 def test_combinations_measured_on_a_gpu(run, monkeypatch):
     """Three architectures, small and large, and a mixture: within 5 %."""
@@ -115,7 +107,6 @@ def test_combinations_measured_on_a_gpu(run, monkeypatch):
     assert ratio == pytest.approx(1, rel=0.05)
 
 
-@pytest.mark.usefixtures("with_liger")
 @pytest.mark.parametrize("name", "abcd")
 def test_a_70b_shape_measured_on_a_gpu(name):
     document = json.loads((RESULTS / "seventy-h100.json").read_text())
@@ -129,7 +120,6 @@ def test_a_70b_shape_measured_on_a_gpu(name):
     assert plan.training_peak / GIB == pytest.approx(run["peak_gib"], rel=0.01)
 
 
-@pytest.mark.usefixtures("with_liger")
 def test_offloaded_inputs_measured_on_a_gpu():
     document = json.loads((RESULTS / "train_step-8b-memory-h100.json").read_text())
     run = next(r for r in document["runs"] if r["stack"] == "qft-offload")

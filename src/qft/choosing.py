@@ -250,7 +250,7 @@ class Chooser:
                 f"a quantizer with double_quant=true takes {saved / GIB:.2f} GiB less, and the batch would fit"
             )
         blocks = self._measure(size).blocks
-        ends = sum(b.boundary for b in blocks[2:])
+        ends = sum(b.boundary for b in blocks[3:])  # three are on the device at once all the same
         if device.type == "cuda" and need - ends * (1 + SLACK) <= limit:
             would.append(f"offload='activations' keeps {ends / GIB:.2f} GiB in host memory, and the batch would fit")
         text = (

@@ -4,7 +4,8 @@
 
 h is (tokens, hidden), W (vocabulary, hidden). Logits exist for one chunk of tokens at a time. The head is frozen, so that
 the gradient with respect to h, (softmax(z) − onehot) · dz/dh, is known in the forward pass and is all that is kept.
-Tokens without a label are left out before the product.
+Tokens without a label are left out before the product. On CUDA a kernel makes losses and gradients of a chunk's logits,
+and the host waits for nothing but how many tokens count.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qft import kernels
 from qft.lora.products import working_dtype
 
 IGNORE = -100
@@ -108,15 +110,17 @@ class Targets:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scaling, wanted):
-        kept, total = targets.kept, hidden.new_zeros((), dtype=torch.float32)
+        kept, losses = targets.kept, hidden.new_zeros(len(targets), dtype=torch.float32)
         grad = None if not wanted else torch.empty_like(hidden) if kept is None else torch.zeros_like(hidden)
         rows, block = _sizes(weight.shape[0], working_dtype(hidden).itemsize, scaling)
         for start in range(0, len(targets), rows):
             at = slice(start, start + rows) if kept is None else kept[start : start + rows]
-            h, t = hidden[at], targets.values[at]
+            h, t, loss = hidden[at], targets.values[at], losses[start : start + rows]
             logits = _logits(h, weight, bias)
-            for low in range(0, len(h), block):
-                total += _block(logits[low : low + block], t[low : low + block], scaling, wanted)
+            if not kernels.next_token(logits, t, loss, scaling.scale, scaling.cap, wanted):
+                for low in range(0, len(h), block):
+                    part = slice(low, low + block)
+                    loss[part] = _block(logits[part], t[part], scaling, wanted)
             if wanted and kept is None:
                 _times_head(logits, weight, grad[at])
             elif wanted:
@@ -124,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits  # before the next chunk's, which would otherwise stand beside it
         if wanted:
             ctx.save_for_backward(grad)
-        return total
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
@@ -166,7 +170,7 @@ def _sizes(vocabulary: int, itemsize: int, scaling: LogitScaling) -> tuple[int, 
 
 
 def _block(logits: Tensor, targets: Tensor, scaling: LogitScaling, wanted: bool) -> Tensor:
-    """The loss of some tokens, summed; where `wanted`, `logits` (tokens, vocabulary) becomes its gradient."""
+    """The loss of some tokens, (tokens,); where `wanted`, `logits` (tokens, vocabulary) becomes its gradient."""
     z, slope = logits, None
     if scaling.cap is not None:
         z = logits.float().mul(scaling.scale / scaling.cap).tanh_()
@@ -177,7 +181,7 @@ def _block(logits: Tensor, targets: Tensor, scaling: LogitScaling, wanted: bool)
     logp = torch.log_softmax(z, dim=-1, dtype=torch.float32)
     del z
     at = torch.arange(len(targets), device=targets.device)
-    loss = -logp[at, targets].sum()
+    loss = -logp[at, targets]
     if wanted:
         p = logp.exp_()
         p[at, targets] -= 1
@@ -209,11 +213,12 @@ def linear_cross_entropy(
         bias: (vocabulary,) or None, frozen.
         scaling: what is done to the logits before the softmax, which is taken in float32.
         num_items: what the summed loss is divided by; None is the number of targets that count.
-        kernel: "own" is the code of this file, "liger" liger-kernel's, "auto" liger-kernel's where it is installed and
-            fits: on CUDA, without a scale.
+        kernel: "own" is the code of this file, on CUDA with a kernel of qft's; "liger" is liger-kernel's, on CUDA and
+            without a scale, which waits for the device three times; "auto" takes it where triton cannot run qft's.
 
     Returns:
-        A float32 scalar, differentiable once in `hidden`. NaN where nothing counts and `num_items` is None.
+        A float32 scalar, differentiable once in `hidden`. NaN where nothing counts and `num_items` is None, and where
+        qft's kernel finds a target outside the vocabulary, which raises IndexError on a CPU.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -240,6 +245,8 @@ def linear_cross_entropy(
 
 def _liger(hidden: Tensor, scaling: LogitScaling, kernel: str) -> Any:
     if kernel == "own" or hidden.device.type != "cuda" or scaling.scale != 1:
+        return None
+    if kernel == "auto" and kernels.usable(hidden.detach()):
         return None
     if find_spec("liger_kernel") is None:
         return None

@@ -32,8 +32,11 @@ class Checkpoints:
 
     @contextmanager
     def around(self, x: Any) -> Iterator[None]:
-        """Around the call of a recomputed block with the input `x`: what autograd saves of it is on the host."""
-        if not isinstance(x, Tensor) or not lanes.dense(x):
+        """Around the call of a recomputed block with the input `x`: what autograd saves of it is on the host.
+
+        A leaf stays on the device, since autograd holds it for its gradient: embeddings that PEFT's hook makes require one.
+        """
+        if not isinstance(x, Tensor) or not lanes.dense(x) or (x.is_leaf and x.requires_grad):
             yield
             return
         kept = _Input(self, x, self._leave())

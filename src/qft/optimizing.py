@@ -28,7 +28,8 @@ class Switches:
     """For measurements; each part of `optimize_training` by itself.
 
     Attributes:
-        loss: "own" or "liger" kernels for the loss, "auto" for liger-kernel's where it is installed and fits, or "off".
+        loss: the loss without logits, by "own" code or "liger" kernels, "auto" for liger-kernel's where it is installed and
+            qft's kernel cannot run; or "off".
         compile: whether blocks are compiled, where there is a compiler for the device.
         backend: of torch.compile.
         resident: with offload="weights", how many blocks' weights stay on the device; None: as many as there is room for.

@@ -1,6 +1,7 @@
 """Dequantizers as single Triton kernels, for CUDA; the torch code of each backend's `unpack` is their twin.
 
-`float8` makes float8 matrices with a scale a row of floats and of codes.
+`float8` makes float8 matrices with a scale a row of floats and of codes; `next_token` is the loss of rows of logits, whose
+twin is in `qft.loss`; its sums differ in their order.
 
 Every function here computes what its twin does, bit for bit, and takes what its twin takes: the packed tensors, a shape,
 a dtype, and perhaps a buffer to write into. It returns None where it has no kernel for what it was given, so that the
@@ -16,6 +17,7 @@ in its interpreter, which is slow and only for tests.
 from qft.kernels.dequantize import additive, awq, codebook, double_constants, eetq, gptq, integers, parts, rows
 from qft.kernels.float8 import Codebook, float8_codebook, float8_rows, float8_transposed
 from qft.kernels.launch import usable
+from qft.kernels.loss import next_token
 from qft.kernels.rounding import round_with_feedback
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "float8_transposed",
     "gptq",
     "integers",
+    "next_token",
     "parts",
     "round_with_feedback",
     "rows",

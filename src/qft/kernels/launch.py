@@ -22,6 +22,7 @@ CONFIGS: dict[str, dict[str, int]] = {
     "gptq_ordered": {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "num_warps": 4},
     "additive": {"BLOCK": 256, "num_warps": 4},
     "awq": {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 64, "num_warps": 4},
+    "next_token": {"BLOCK": 4096, "num_warps": 8},
     "float8_transposed": {"ROWS": 128, "COLUMNS": 64, "num_warps": 4},
     "float8_codebook_transposed": {"ROWS": 128, "UNITS": 8, "num_warps": 4},
 }

@@ -381,3 +381,46 @@ def round_with_feedback(
         later = tl.load(share + k * share_stride + i, mask=(i > k) & (i < n) & (k < n), other=0.0)
         tile -= later[:, None] * wrong[None, :]
     tl.store(columns + where, tile, mask=mask)
+
+
+@triton.jit
+def _logit(x, scale, cap, CAP: tl.constexpr):
+    """scale · x, or cap · tanh(scale · x / cap), and its derivative by x."""
+    if CAP:
+        share = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * (x * scale / cap)))
+        return share * cap, (1.0 - share * share) * scale
+    else:
+        return x * scale, tl.zeros_like(x) + scale
+
+
+@triton.jit
+def next_token(
+    loss, logits, targets, columns, scale, cap, GRADIENT: tl.constexpr, CAP: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """logsumexp(z) - z[target] of one row, NaN for a target that no column has; its gradient in the place of the logits."""
+    row = tl.program_id(0).to(tl.int64)
+    at = logits + row * columns
+    target = tl.load(targets + row)
+    highest = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    chosen = tl.full((), 0.0, tl.float32)
+    for i in range(COUNT):
+        column = i * BLOCK + tl.arange(0, BLOCK)
+        inside = column < columns
+        z, _ = _logit(tl.load(at + column, mask=inside, other=0.0).to(tl.float32), scale, cap, CAP)
+        chosen += tl.sum(tl.where(inside & (column == target), z, 0.0), axis=0)
+        z = tl.where(inside, z, float("-inf"))
+        before = highest
+        highest = tl.maximum(highest, tl.max(z, axis=0))
+        total = total * tl.exp(before - highest) + tl.sum(tl.exp(z - highest), axis=0)
+    sum_exp = highest + tl.log(total)
+    found = (target >= 0) & (target < columns)
+    tl.store(loss + row, tl.where(found, sum_exp - chosen, float("nan")))
+    if GRADIENT:
+        for i in range(COUNT):
+            column = i * BLOCK + tl.arange(0, BLOCK)
+            inside = column < columns
+            z, slope = _logit(tl.load(at + column, mask=inside, other=0.0).to(tl.float32), scale, cap, CAP)
+            p = tl.exp(z - sum_exp) - tl.where(column == target, 1.0, 0.0)
+            tl.store(at + column, _rounded(p * slope, logits), mask=inside)

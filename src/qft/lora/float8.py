@@ -44,7 +44,13 @@ def gradient_product(g: Tensor, layer: Sourced) -> Tensor:
     """g Ŵ, bfloat16 (n, in_features), for g (n, out_features)."""
     weight, factor = _weight(layer, transposed=True)
     codes, scale = kernels.float8_rows(g, factor)
-    return _multiply(codes, scale, weight, torch.ones(len(weight), dtype=torch.float32, device=g.device))
+    return _multiply(codes, scale, weight, _ones(len(weight), g.device))
+
+
+@lru_cache
+def _ones(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept for calls of any mode
+        return torch.ones(count, dtype=torch.float32, device=device)
 
 
 def _weight(layer: Sourced, transposed: bool) -> tuple[Tensor, Tensor]:

@@ -109,11 +109,11 @@ def backward(
         xi = (tensors[at + 2] if dropped else x).to(dtype)
         needs_a, needs_b, needs_xi = needs[at], needs[at + 1], dropped and needs[at + 2]
         gh = g @ b.to(dtype) if needs_a or needs_xi or need_x else None
-        grads.append((gh.T @ xi).mul_(scaling).to(a.dtype) if needs_a and gh is not None else None)
-        grads.append((g.T @ h).mul_(scaling).to(b.dtype) if needs_b else None)
+        grads.append(_scaled(gh.T, xi, scaling).to(a.dtype) if needs_a and gh is not None else None)
+        grads.append(_scaled(g.T, h, scaling).to(b.dtype) if needs_b else None)
         at += 2
         if dropped:
-            grads.append((gh @ a.to(dtype)).mul_(scaling).to(x.dtype) if needs_xi and gh is not None else None)
+            grads.append(_scaled(gh, a.to(dtype), scaling).to(x.dtype) if needs_xi and gh is not None else None)
             at += 1
         elif gx is not None and gh is not None:
             gx.addmm_(gh, a.to(dtype), beta=beta, alpha=scaling)
@@ -124,6 +124,11 @@ def backward(
     if gx is not None and base is None:
         gx.addmm_(g, weight().to(dtype), beta=beta)
     return None if gx is None else gx.to(x.dtype), grads
+
+
+def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """s A B, rounded once."""
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
 
 
 def bias_gradient(g: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:

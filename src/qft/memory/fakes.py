@@ -18,7 +18,7 @@ from qft.experts import fused_parameters
 from qft.lora.autograd import Update, lora_linear
 from qft.lora.experts import split
 from qft.lora.grouped import ExpertUpdate, Groups, expert_linear
-from qft.loss import LogitScaling, Targets, _LinearCrossEntropy
+from qft.loss import LogitScaling, Targets, _LinearCrossEntropy, _sizes
 from qft.memory.activations import Ledger, Profile, block_profile, fakes, rounded
 from qft.memory.model import Outline, shape_of
 from qft.quantizer import float_weight
@@ -183,7 +183,7 @@ def measure(
     autocast: bool,
     compiled: bool | None = None,
     masked: bool = False,
-    liger: bool = False,
+    kernel: bool = False,
 ) -> Measured:
     """Run what stands around the blocks, and one block of each kind.
 
@@ -191,7 +191,7 @@ def measure(
         fast: the loss comes without logits.
         compiled: blocks are compiled; default as `fast`.
         masked: attention reads a mask of (batch, 1, sequence, sequence), which padding and packing make.
-        liger: that loss is liger-kernel's.
+        kernel: that loss is of `qft.kernels.next_token`, not of torch code.
     """
     model: Any = found.model
     owners = find_blocks(model)
@@ -235,7 +235,7 @@ def measure(
             ids = torch.empty(batch, sequence, dtype=torch.int64)
             with ledger:
                 mask = {"attention_mask": torch.empty(batch, 1, sequence, sequence, dtype=torch.bool)} if masked else {}
-                loss = _loss(model, ids, fast, mask, liger)
+                loss = _loss(model, ids, fast, mask, kernel)
                 loss.backward()
         finally:
             hook.remove()
@@ -262,7 +262,7 @@ def _returns_tuple(block: nn.Module) -> bool:
     return "tuple" in hint.lower() and "Tensor |" not in hint and "| torch.Tensor" not in hint
 
 
-def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor], liger: bool) -> Tensor:
+def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor], kernel: bool) -> Tensor:
     if not fast:
         return model(input_ids=ids, labels=ids, use_cache=False, **mask).loss
     base = getattr(model, model.base_model_prefix)
@@ -275,28 +275,27 @@ def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor], liger: b
         flat, weight = flat.to(dtype), weight.to(dtype)
     del hidden
     with torch.autocast("cpu", enabled=False):
-        if liger:
-            return _AsLiger.apply(flat, weight)
+        if kernel:
+            return _WithKernel.apply(flat, weight)
         return _LinearCrossEntropy.apply(flat, weight, None, Targets(ids.reshape(-1)), LogitScaling(), True)
 
 
-class _AsLiger(torch.autograd.Function):
-    """What liger-kernel's loss allocates: logits of as many tokens as fill one more copy of the hidden states."""
+class _WithKernel(torch.autograd.Function):
+    """What the loss allocates where `qft.kernels.next_token` leaves the gradient in the logits."""
 
     @staticmethod
     def forward(ctx, hidden, weight):
-        (tokens, width), vocabulary = hidden.shape, len(weight)
-        rows = -(-tokens // -(-vocabulary // width))
-        grad, rows = torch.zeros_like(hidden), min(tokens, 1 << (rows - 1).bit_length())
-        logits = hidden[:rows] @ weight.T  # the kernel leaves their gradient in them
-        grad[:rows] = logits @ weight
+        rows, _ = _sizes(len(weight), hidden.itemsize, LogitScaling())
+        losses, grad = hidden.new_zeros(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
+        logits = hidden[:rows] @ weight.T
+        torch.mm(logits, weight, out=grad[:rows])
         ctx.save_for_backward(grad)
-        return hidden.new_zeros((), dtype=torch.float32)
+        return losses.sum()
 
     @staticmethod
     def backward(ctx, g):
         (grad,) = ctx.saved_tensors
-        return grad.mul_(g.to(grad.dtype)), None
+        return grad * g, None
 
 
 def _to_fake(module: nn.Module, without: set[int]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -61,12 +60,6 @@ def optimizer_bytes(optimizer: str, sizes: tuple[int, ...]) -> tuple[int, int, i
     return device, host, sum(rounded(4 * n) for n in sizes) if optimizer == "adamw" else 0
 
 
-def takes_liger(config: Any) -> bool:
-    """Whether the loss without logits is liger-kernel's on a GPU: where it is installed, and no scale is in its way."""
-    scales = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
-    return find_spec("liger_kernel") is not None and all(s in (None, 1) for s in scales)
-
-
 @dataclass
 class Estimate:
     """A model over which plans for many options are made; what is measured once is kept. See `qft.plan`."""
@@ -105,7 +98,7 @@ class Estimate:
         key = (batch, sequence, masked, self.autocast)
         if key not in self._measured:
             options: dict[str, Any] = {"fast": self.fast, "autocast": self.autocast, "compiled": self.compiled}
-            options |= {"masked": masked, "liger": self.fast and self.on_gpu and takes_liger(self.outline.model.config)}
+            options |= {"masked": masked, "kernel": self.fast and self.on_gpu}
             try:
                 self._measured[key] = measure(self.outline, batch, sequence, **options)
             except UnsupportedOperation:
@@ -189,7 +182,8 @@ class Estimate:
         held = [b.saved if i in keeps else b.boundary for i, b in enumerate(blocks)]
         away = [0] * len(blocks)
         if "activations" in self.offload:
-            away = [0 if i in keeps else b.boundary for i, b in enumerate(blocks)]
+            # the first one is a leaf, which stays: embeddings that were made to require a gradient
+            away = [0 if i == 0 or i in keeps else b.boundary for i, b in enumerate(blocks)]
         # the last input that leaves is still there, and in the backward pass the next one comes beside it
         near = max(away, default=0)
         held = [h - a for h, a in zip(held, away, strict=True)]
