@@ -614,6 +614,7 @@ def test_a_target_outside_the_vocabulary_is_no_number(target):
     logits, found = torch.randn(3, 40, device=DEVICE), torch.empty(3, device=DEVICE)
     assert kernels.next_token(logits, torch.tensor([5, target, 39], device=DEVICE), found, 1.0, None, True)
     assert found.isnan().tolist() == [False, True, False]
+    assert logits.isnan().tolist() == [[nan] * 40 for nan in (False, True, False)]
 
 
 @on_device

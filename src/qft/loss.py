@@ -217,8 +217,8 @@ def linear_cross_entropy(
             without a scale, which waits for the device three times; "auto" takes it where triton cannot run qft's.
 
     Returns:
-        A float32 scalar, differentiable once in `hidden`. NaN where nothing counts and `num_items` is None, and where
-        qft's kernel finds a target outside the vocabulary, which raises IndexError on a CPU.
+        A float32 scalar, differentiable once in `hidden`. NaN where nothing counts and `num_items` is None. A target
+        outside the vocabulary makes it and the gradient NaN on CUDA, and raises IndexError on a CPU.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):

@@ -14,7 +14,7 @@ def next_token(logits: Tensor, targets: Tensor, loss: Tensor, scale: float, cap:
     Args:
         logits: (tokens, vocabulary), contiguous, of float32, bfloat16 or float16. With z = scale · logits, or
             cap · tanh(scale · logits / cap), they become the gradient of the summed loss where `gradient`.
-        targets: (tokens,) of int64. The loss of one outside the vocabulary is NaN.
+        targets: (tokens,) of int64. Loss and gradient of one outside the vocabulary are NaN.
         loss: (tokens,) of float32; becomes logsumexp(z) − z[target].
     """
     if targets.dtype != torch.int64 or not fits([logits, targets, loss], logits.shape, logits.dtype, None):

@@ -398,7 +398,7 @@ def next_token(
     loss, logits, targets, columns, scale, cap, GRADIENT: tl.constexpr, CAP: tl.constexpr, COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """logsumexp(z) - z[target] of one row, NaN for a target that no column has; its gradient in the place of the logits."""
+    """logsumexp(z) - z[target] of one row, its gradient in the place of the logits; NaN for a target that no column has."""
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * columns
     target = tl.load(targets + row)
@@ -414,9 +414,9 @@ def next_token(
         before = highest
         highest = tl.maximum(highest, tl.max(z, axis=0))
         total = total * tl.exp(before - highest) + tl.sum(tl.exp(z - highest), axis=0)
-    sum_exp = highest + tl.log(total)
     found = (target >= 0) & (target < columns)
-    tl.store(loss + row, tl.where(found, sum_exp - chosen, float("nan")))
+    sum_exp = tl.where(found, highest + tl.log(total), float("nan"))
+    tl.store(loss + row, sum_exp - chosen)
     if GRADIENT:
         for i in range(COUNT):
             column = i * BLOCK + tl.arange(0, BLOCK)
