@@ -127,8 +127,23 @@ def test_offloaded_inputs_measured_on_a_gpu():
     assert plan.training_peak / GIB == pytest.approx(run["peak_gib"], rel=0.02)
 
 
+CONTEXTS = [
+    r
+    for r in json.loads((RESULTS / "context-h200.json").read_text())["runs"]
+    if "peak_gib" in r and r["stack"] in ("qft", "qft-offload")
+]
+
+
+@pytest.mark.parametrize("run", CONTEXTS, ids=lambda r: f"{r['stack']}-{r['sequence']}")
+def test_long_sequences_measured_on_a_gpu(run):
+    """Up to 131,072 tokens, with and without offloaded inputs."""
+    offload = "activations" if run["stack"] == "qft-offload" else None
+    plan = planned("8b", batch=1, sequence=run["sequence"], offload=offload)
+    assert plan.training_peak / GIB == pytest.approx(run["peak_gib"], rel=0.01)
+
+
 def test_there_are_fixtures():
-    assert len(MEASURED) >= 12 and len(COMBINATIONS) >= 17
+    assert len(MEASURED) >= 12 and len(COMBINATIONS) >= 17 and len(CONTEXTS) >= 14
 
 
 def test_a_mixture_measured_on_a_gpu():
