@@ -279,35 +279,34 @@ def plot(found: dict[str, Any], path: Path) -> Path:
 
     from qft.memory import memory_of
 
-    panels = [("peak_gib", "peak memory, GiB"), ("tokens_per_second", "tokens a second")]
-    panels = [p for p in panels if any(p[0] in r for r in found["runs"])]
-    if not panels:  # tried out on a CPU
+    rows = [r for r in found["runs"] if "peak_gib" in r]
+    if not rows:  # tried out on a CPU
         return path
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(1.5 + 4.5 * len(panels), 4), squeeze=False)
-    for axis, (key, title) in zip(axes[0], panels, strict=True):
-        for name in STACKS:
-            rows = [r for r in found["runs"] if r["stack"] == name and key in r]
-            if rows:
-                x, y = [r["sequence"] for r in rows], [r[key] for r in rows]
-                axis.plot(x, y, marker="o", color=COLOURS[name], label=LABELS[name])
-                later = [r for r in found["plans"].get(name, ()) if r["sequence"] > x[-1]]
-                if later and key == "peak_gib":
-                    x, y = [x[-1], *(r["sequence"] for r in later)], [y[-1], *(r["plan_gib"] for r in later)]
-                    axis.plot(
-                        x, y, "--", marker="o", fillstyle="none", color=COLOURS[name], label=f"{LABELS[name]}, plan"
-                    )
-        if key == "peak_gib" and found["cap"]:
-            axis.axhline(memory_of(found["cap"]) / GIB, color="#b0b7bf", linewidth=0.8)
-            axis.annotate(f"what each may have: {found['cap']}", (0.02, memory_of(found["cap"]) / GIB - 3), fontsize=8,
-                          xycoords=("axes fraction", "data"))  # fmt: skip
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("tokens in a sequence")
-        axis.set_title(title, fontsize=10)
-        axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(fontsize=8, frameon=False, loc="center left" if len(panels) == 1 else "best")
-    title = f"{found['shape'].upper()} shape, one sequence a step: {found['device']}, {found['date'][:10]}"
-    figure.suptitle(title, fontsize=10)
+    figure, axis = pyplot.subplots(figsize=(6.5, 4))
+    for name in STACKS:
+        points = {r["sequence"]: r["peak_gib"] for r in rows if r["stack"] == name}
+        if not points:
+            continue
+        last = max(points)
+        axis.plot(list(points), list(points.values()), marker="o", color=COLOURS[name], label=LABELS[name])
+        later = {r["sequence"]: r["plan_gib"] for r in found["plans"].get(name, ()) if r["sequence"] > last}
+        if later:
+            x, y = [last, *later], [points[last], *later.values()]
+            label = f"{LABELS[name]}, plan"
+            axis.plot(x, y, "--", marker="o", fillstyle="none", color=COLOURS[name], label=label)
+    if found["cap"]:
+        limit = memory_of(found["cap"]) / GIB
+        axis.axhline(limit, color="#b0b7bf", linewidth=0.8)
+        axis.annotate(f"what each may have: {found['cap']}", (0.02, limit - 3), fontsize=8,
+                      xycoords=("axes fraction", "data"))  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("tokens in a sequence")
+    axis.set_ylabel("peak memory, GiB")
+    axis.set_ylim(bottom=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.92))
+    axis.set_title(f"{found['shape'].upper()} shape, one sequence a step: {found['device']}, {found['date'][:10]}",
+                   fontsize=10)  # fmt: skip
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
