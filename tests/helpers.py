@@ -1,6 +1,7 @@
 """What several test files share: a quantizer of one's own, a fresh interpreter, what a refusal must leave alone."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -54,6 +55,11 @@ class Rows(qft.TensorQuantizer):
     def unpack(self, packed, *, shape, dtype, out=None) -> Tensor:
         value = packed["qweight"] * packed["scale"]
         return value.to(dtype) if out is None else out.copy_(value)
+
+
+def hears_ctrl_c():
+    """Before a program starts, as `preexec_fn`: a job in a shell's background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_python(code, *args, paths=(), check=True):

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from helpers import hears_ctrl_c
 from tiny_training import adapter_of, chats, save_model, write_jsonl
 from typer.testing import CliRunner
 
@@ -178,8 +179,9 @@ def test_ctrl_c_names_the_last_checkpoint_and_the_same_command_goes_on(model, da
     words = ["train", "--model", model, "--data-path", data, "--project-name", tmp_path / "out", *FLAGS, "--quiet"]
     words[words.index("--max-steps") + 1] = "2000"
     child = subprocess.Popen(
-        [sys.executable, "-m", "qft_cli", *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "qft_cli", *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=hears_ctrl_c,
+    )  # fmt: skip
     end = time.time() + 200
     while not list((tmp_path / "out").glob("checkpoint-*")) and child.poll() is None and time.time() < end:
         time.sleep(0.1)

@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
+from helpers import hears_ctrl_c
 from models import llama, logits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -425,7 +426,10 @@ def test_a_real_ctrl_c(folder, tmp_path):
         "m.safe_save_file = lambda *a, **k: time.sleep(60)\n"
         f"sys.argv = ['qft', 'quantize', {str(folder)!r}, {str(tmp_path / 'q')!r}, '--device', 'cpu']\nqft_cli.main()"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=pipe, stdout=pipe, text=True, preexec_fn=hears_ctrl_c
+    )
     end = time.monotonic() + 300
     while not any(tmp_path.iterdir()) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.1)
