@@ -142,6 +142,14 @@ def test_long_sequences_measured_on_a_gpu(run):
     assert plan.training_peak / GIB == pytest.approx(run["peak_gib"], rel=0.01)
 
 
+def test_a_loss_without_a_kernel_takes_more(monkeypatch):
+    asked = {"batch": 4, "sequence": 512}
+    with_kernel = planned("1b", **asked).moments["loss"]["logits"]
+    monkeypatch.setattr("qft.kernels.launch.enabled", False)
+    without = planned("1b", **asked).moments["loss"]["logits"]
+    assert 2**27 < without - with_kernel < 2**29  # float32 copies of a part of a chunk
+
+
 def test_there_are_fixtures():
     assert len(MEASURED) >= 12 and len(COMBINATIONS) >= 17 and len(CONTEXTS) >= 14
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from qft.blocks import find_blocks
 from qft.errors import BadOption, UnsupportedOperation
+from qft.kernels import launch
 from qft.memory import Plan, kept_blocks
 from qft.memory.activations import rounded
 from qft.memory.fakes import Measured, measure, stand_in
@@ -98,7 +99,9 @@ class Estimate:
         key = (batch, sequence, masked, self.autocast)
         if key not in self._measured:
             options: dict[str, Any] = {"fast": self.fast, "autocast": self.autocast, "compiled": self.compiled}
-            options |= {"masked": masked, "kernel": self.fast and self.on_gpu}
+            # without triton, blocks are not compiled either
+            kernel = self.fast and self.on_gpu and self.compiled is not False and launch.enabled
+            options |= {"masked": masked, "kernel": kernel}
             try:
                 self._measured[key] = measure(self.outline, batch, sequence, **options)
             except UnsupportedOperation:
