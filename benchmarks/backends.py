@@ -260,9 +260,7 @@ def models(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"quantizer": "float", "perplexity": floats, "bits_per_weight": 32.0}]
     specs = options.quantizers or SPECS
     if options.resume:
-        earlier = json.loads(Path(options.resume).read_text(encoding="utf-8"))
-        if earlier["device"] != (here := smollm.about()["device"]):
-            raise SystemExit(f"{options.resume} is of another device: {earlier['device']}, and this is {here}")
+        earlier = smollm.resumed(options.resume, {"device": smollm.about()["device"]})
         rows += [r for r in earlier["runs"] if r["quantizer"] not in ("float", *specs)]
     for spec in specs:
         rows.append(_tried(spec, lambda spec=spec: measure(plain, folded, spec, (held, calibration))))

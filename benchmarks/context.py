@@ -2,9 +2,9 @@
 
 Each stack has a process of its own and trains one sequence a step, of lengths that double. The first two lengths have a
 step to warm up: with the second one, blocks are compiled for any length. With offloaded activations all lengths have one,
-which takes its buffers from the host's memory. Beside each peak stands what the plan of the model
-in memory says; a length whose plan is more than a tenth over the device is not tried, nor one whose step would take over
-`--longest` seconds: for those that the device would hold there is the plan alone.
+which takes its buffers from the host's memory. Beside each peak stands what the plan of the model in memory says; a length
+whose plan is more than a tenth over the device is not tried, nor one whose step would take over `--longest` seconds: for
+those that the device would hold there is the plan alone.
 
 `--together` runs all stacks at once, on a card that has room for them, in less time: peaks are those of each process,
 as `max_memory_allocated` counts them, and times, which would be of nothing, are left out.
@@ -80,10 +80,8 @@ def measure(options: argparse.Namespace) -> None:
         "runs": [], "notes": {}, "largest_by_plan": {}, "plans": {},
     }  # fmt: skip
     if options.resume:
-        earlier = json.loads(options.resume.read_text(encoding="utf-8"))
         same = ("device", "shape", "cap", "rank", "batch", "together")
-        if there := {k: earlier[k] for k in same if earlier[k] != result[k]}:
-            raise SystemExit(f"{options.resume} is of {there}, and this is of { {k: result[k] for k in there} }")
+        earlier = smollm.resumed(options.resume, {k: result[k] for k in same})
         result["runs"] = [r for r in earlier["runs"] if r["stack"] not in names]
         for key in ("notes", "largest_by_plan", "plans"):
             result[key] = {k: v for k, v in earlier[key].items() if k not in names}
@@ -190,7 +188,7 @@ def serve(name: str, options: argparse.Namespace) -> None:
             row["error"] = "not tried: the plan is more than a tenth over the device"
         else:
             try:
-                row |= steps.measure(length, warmup=i < 2 or name == "qft-offload")
+                row |= steps.measure(length, warmup=i < 2 or offloads(name))
                 seconds = row["step_s"]
             except (torch.OutOfMemoryError, qft.QftError) as error:
                 row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -233,6 +231,10 @@ class Steps:
         return found
 
 
+def offloads(name: str) -> bool:
+    return "offload" in STACKS[name]
+
+
 def planned(model: Any, name: str, length: int) -> int:
     """What the plan of the model in memory says of a step with all blocks recomputed, as max_memory_allocated counts."""
     import torch
@@ -242,12 +244,8 @@ def planned(model: Any, name: str, length: int) -> int:
     fast = name != "hand"
     asks = planned.__dict__.setdefault("asks", None)
     if asks is None:
-        offloads = "offload" in STACKS[name]
-        plan = blocks.Plan(
-            compiles=fast,
-            loss=object() if fast else None,
-            checkpoints=object() if offloads else None,  # type: ignore[arg-type]
-        )
+        away = object() if offloads(name) else None
+        plan = blocks.Plan(compiles=fast, loss=object() if fast else None, checkpoints=away)  # type: ignore[arg-type]
         asks = planned.__dict__["asks"] = choosing.Chooser("auto", model.get_base_model(), plan)
     used = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     return used + asks._adds(choosing.Size(1, length, False, not fast), 0)

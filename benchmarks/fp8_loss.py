@@ -49,11 +49,7 @@ def main() -> None:
     settings = {k: getattr(options, k) for k in ("spec", "steps", "batch", "length")} | {"emulated": options.emulate}
     rows, before = [], None
     if options.resume:
-        earlier = json.loads(Path(options.resume).read_text(encoding="utf-8"))
-        here = {"device": smollm.about()["device"], **settings}
-        if there := {k: earlier[k] for k in here if earlier[k] != here[k]}:
-            raise SystemExit(f"{options.resume} is of {there}, and this is of {here}")
-        rows = earlier["runs"]
+        rows = smollm.resumed(options.resume, {"device": smollm.about()["device"], **settings})["runs"]
     for run in options.runs:
         compute, _, seed = run.partition(":")
         torch.manual_seed(int(seed))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.metadata
+import json
 import math
 import platform
 import time
@@ -151,3 +152,11 @@ def about() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **versions},
     }
+
+
+def resumed(path: str | Path, here: dict[str, Any]) -> dict[str, Any]:
+    """An earlier file of figures, to be added to; refused where it has other settings than those `here`."""
+    earlier = json.loads(Path(path).read_text(encoding="utf-8"))
+    if there := {k: earlier[k] for k in here if earlier[k] != here[k]}:
+        raise SystemExit(f"{path} is of {there}, and this is of { {k: here[k] for k in there} }")
+    return earlier

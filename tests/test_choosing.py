@@ -227,6 +227,25 @@ def test_less_than_possible_is_refused_before_anything_is_spent(device, memory):
     assert float(after[0]) == pytest.approx(float(before[0]), rel=1e-6)
 
 
+def test_offloading_is_named_where_it_makes_the_batch_fit(device):
+    """On CUDA, by the plan with offloading; a model that offloads already is not told to."""
+    network = model()
+    qft.optimize_training(network, memory="auto")
+    size, cuda = choosing.Size(16, 64, False, False), torch.device("cuda")
+    asks = chooser(network)
+    need, away = (asks._adds(size, 0, o) for o in (None, frozenset({"activations"})))
+    assert 0 < away < need
+
+    def said(limit):
+        return str(asks._too_little(size, cuda, 0, limit, int(need * (1 + choosing.SLACK))))
+
+    fits = int(away * (1 + choosing.SLACK)) + 1
+    assert "offload='activations' takes" in said(fits) and "offload=" not in said(fits - 2)
+    asks.plan.checkpoints = object()
+    asks._forget()
+    assert asks._adds(size, 0) == away and "offload=" not in said(fits)
+
+
 def test_what_would_fit(device):
     network = model()
     device.used, device.most = 10**9, 10**9

@@ -417,6 +417,21 @@ def test_what_stays_on_the_device_is_what_there_is_room_for(on_cpu, monkeypatch)
 # ---- plan ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "granite"])
+def test_a_plan_counts_the_buffers_that_there_are(on_cpu, name):
+    """The first block of a Llama reads the embeddings themselves, a leaf; others add positions to them, or a scale."""
+    on_cpu.compile = False
+    model = adapted(MODELS[name]())
+    model.enable_input_require_grads()
+    qft.optimize_training(model, memory="least", offload="activations")
+    step(model)
+    asked = {"sequence_length": IDS.shape[1], "batch_size": len(IDS), "optimizer": "sgd", "dtype": torch.float32}
+    plan = qft.plan(model.config, "reference", **asked, offload="activations")
+    there = plan_of(model).checkpoints.idle_bytes
+    assert len(plan_of(model).checkpoints._free) == (1 if name == "llama" else 2)
+    assert there == plan.host
+
+
 def test_a_plan_counts_what_is_offloaded():
     config = llama(num_hidden_layers=12, hidden_size=128, intermediate_size=512).config
     asked = {"sequence_length": 128, "batch_size": 16, "optimizer": "sgd", "memory": "least"}

@@ -165,12 +165,13 @@ class Chooser:
             self._estimate.autocast = size.autocast
             return self._estimate.measured(size.batch, size.sequence, size.masked)
 
-    def _adds(self, size: Size, kept: int) -> int:
-        """The most that a step holds beside what is held now."""
+    def _adds(self, size: Size, kept: int, offload: frozenset[str] | None = None) -> int:
+        """The most that a step holds beside what is held now; with other offloading than the model's, if that is given."""
         found, trained = self._measure(size), self._trained()
         assert self._estimate is not None
+        estimate = self._estimate if offload is None else self._estimate.offloading(offload)
         total = len(found.blocks)
-        moments, _ = self._estimate.moments(found, frozenset(range(total - kept, total)))
+        moments, _ = estimate.moments(found, frozenset(range(total - kept, total)))
         there = {"codes", "constants", "embeddings", "other", "adapters"}
         if has_states(trained[0]):
             there.add("optimizer")
@@ -249,10 +250,9 @@ class Chooser:
             would.append(
                 f"a quantizer with double_quant=true takes {saved / GIB:.2f} GiB less, and the batch would fit"
             )
-        blocks = self._measure(size).blocks
-        ends = sum(b.boundary for b in blocks[3:])  # three are on the device at once all the same
-        if device.type == "cuda" and need - ends * (1 + SLACK) <= limit:
-            would.append(f"offload='activations' keeps {ends / GIB:.2f} GiB in host memory, and the batch would fit")
+        less = self._adds(size, 0) - self._adds(size, 0, frozenset({"activations"}))
+        if device.type == "cuda" and need - less * (1 + SLACK) <= limit:
+            would.append(f"offload='activations' takes {less / GIB:.2f} GiB less, and the batch would fit")
         text = (
             f"memory={self.memory!r} is too little: {size.batch} × {size.sequence} tokens need {need / GIB:.2f} GiB with all "
             f"blocks recomputed, {used / GIB:.2f} of them in use already, and there are {limit / GIB:.2f}; {'; '.join(would)}"

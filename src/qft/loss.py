@@ -108,8 +108,10 @@ class Targets:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """`kernel` is `kernels.next_token`, or what stands for it where a loss is planned."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scaling, wanted):
+    def forward(ctx, hidden, weight, bias, targets, scaling, wanted, kernel):
         kept, losses = targets.kept, hidden.new_zeros(len(targets), dtype=torch.float32)
         grad = None if not wanted else torch.empty_like(hidden) if kept is None else torch.zeros_like(hidden)
         rows, block = _sizes(weight.shape[0], working_dtype(hidden).itemsize, scaling)
@@ -117,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             at = slice(start, start + rows) if kept is None else kept[start : start + rows]
             h, t, loss = hidden[at], targets.values[at], losses[start : start + rows]
             logits = _logits(h, weight, bias)
-            if not kernels.next_token(logits, t, loss, scaling.scale, scaling.cap, wanted):
+            if not kernel(logits, t, loss, scaling.scale, scaling.cap, wanted):
                 for low in range(0, len(h), block):
                     part = slice(low, low + block)
                     loss[part] = _block(logits[part], t[part], scaling, wanted)
@@ -134,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         (grad,) = ctx.saved_tensors
-        return grad * g, None, None, None, None, None
+        return grad * g, None, None, None, None, None, None
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -232,7 +234,8 @@ def linear_cross_entropy(
         liger = _liger(flat, scaling, kernel) if len(targets) else None
         if liger is None:
             wanted = flat.requires_grad and torch.is_grad_enabled()
-            total = _LinearCrossEntropy.apply(flat.contiguous(), weight, bias, targets, scaling, wanted)
+            arguments = (flat.contiguous(), weight, bias, targets, scaling, wanted)
+            total = _LinearCrossEntropy.apply(*arguments, kernels.next_token)
         else:
             values = targets.values
             if targets.kept is not None:
@@ -246,7 +249,7 @@ def linear_cross_entropy(
 def _liger(hidden: Tensor, scaling: LogitScaling, kernel: str) -> Any:
     if kernel == "own" or hidden.device.type != "cuda" or scaling.scale != 1:
         return None
-    if kernel == "auto" and kernels.usable(hidden.detach()):
+    if kernel == "auto" and kernels.usable(hidden):
         return None
     if find_spec("liger_kernel") is None:
         return None

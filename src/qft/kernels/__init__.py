@@ -1,9 +1,9 @@
 """Dequantizers as single Triton kernels, for CUDA; the torch code of each backend's `unpack` is their twin.
 
 `float8` makes float8 matrices with a scale a row of floats and of codes; `next_token` is the loss of rows of logits, whose
-twin is in `qft.loss`; its sums differ in their order.
+twin is in `qft.loss`: its sums differ in their order, and it says whether it ran.
 
-Every function here computes what its twin does, bit for bit, and takes what its twin takes: the packed tensors, a shape,
+Every other function here computes what its twin does, bit for bit, and takes what its twin takes: the packed tensors, a shape,
 a dtype, and perhaps a buffer to write into. It returns None where it has no kernel for what it was given, so that the
 caller's torch code goes on: tensors that are not on a CUDA device, triton not installed, groups of a size that is no
 multiple of eight, an empty weight, a dtype of the result that is none of float32, float16 and bfloat16, a trace of

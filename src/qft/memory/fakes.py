@@ -18,7 +18,7 @@ from qft.experts import fused_parameters
 from qft.lora.autograd import Update, lora_linear
 from qft.lora.experts import split
 from qft.lora.grouped import ExpertUpdate, Groups, expert_linear
-from qft.loss import LogitScaling, Targets, _LinearCrossEntropy, _sizes
+from qft.loss import LogitScaling, Targets, _LinearCrossEntropy
 from qft.memory.activations import Ledger, Profile, block_profile, fakes, rounded
 from qft.memory.model import Outline, shape_of
 from qft.quantizer import float_weight
@@ -152,11 +152,14 @@ class Measured:
         blocks: the profile of each block.
         shared: what all blocks read: position embeddings, masks.
         head: from the last block's output through loss and back, `shared` included, at most.
+        leaf: whether the first block reads the embeddings themselves, which were made to require a gradient: autograd holds
+            a leaf whatever becomes of what blocks save.
     """
 
     blocks: tuple[Profile, ...]
     shared: int
     head: int
+    leaf: bool
 
 
 class _Through(torch.autograd.Function):
@@ -204,6 +207,7 @@ def measure(
     keys: list[Any] = []
     ledger = Ledger()
     seen: dict[str, int] = {}
+    leaves: list[bool] = []
     context = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
 
     def recorder(block: nn.Module, real: Callable[..., Any], last: bool) -> Callable[..., Any]:
@@ -211,6 +215,7 @@ def measure(
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             keys.append(key)
+            leaves.append(x.is_leaf and x.requires_grad)
             kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")}
             if key not in kinds:
                 kinds[key] = (block, (x, *args), kwargs)
@@ -248,7 +253,8 @@ def measure(
             _to_fake(block, set())
             whole = (fast if compiled is None else compiled) and not _has_packed_experts(block)
             profiles[key] = block_profile(block, args, kwargs, whole)
-    return Measured(tuple(profiles[k] for k in keys), seen["shared"], seen["head"] - seen["before"] + seen["shared"])
+    head = seen["head"] - seen["before"] + seen["shared"]
+    return Measured(tuple(profiles[k] for k in keys), seen["shared"], head, leaves[0])
 
 
 def _has_packed_experts(block: nn.Module) -> bool:
@@ -275,27 +281,9 @@ def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor], kernel: 
         flat, weight = flat.to(dtype), weight.to(dtype)
     del hidden
     with torch.autocast("cpu", enabled=False):
-        if kernel:
-            return _WithKernel.apply(flat, weight)
-        return _LinearCrossEntropy.apply(flat, weight, None, Targets(ids.reshape(-1)), LogitScaling(), True)
-
-
-class _WithKernel(torch.autograd.Function):
-    """What the loss allocates where `qft.kernels.next_token` leaves the gradient in the logits."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight):
-        rows, _ = _sizes(len(weight), hidden.itemsize, LogitScaling())
-        losses, grad = hidden.new_zeros(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
-        logits = hidden[:rows] @ weight.T
-        torch.mm(logits, weight, out=grad[:rows])
-        ctx.save_for_backward(grad)
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx, g):
-        (grad,) = ctx.saved_tensors
-        return grad * g, None
+        targets = Targets(ids.reshape(-1))
+        # a kernel allocates nothing
+        return _LinearCrossEntropy.apply(flat, weight, None, targets, LogitScaling(), True, lambda *_: kernel)
 
 
 def _to_fake(module: nn.Module, without: set[int]) -> None:

@@ -185,8 +185,8 @@ class Estimate:
         held = [b.saved if i in keeps else b.boundary for i, b in enumerate(blocks)]
         away = [0] * len(blocks)
         if "activations" in self.offload:
-            # the first one is a leaf, which stays: embeddings that were made to require a gradient
-            away = [0 if i == 0 or i in keeps else b.boundary for i, b in enumerate(blocks)]
+            stay = keeps | {0} if found.leaf else keeps
+            away = [0 if i in stay else b.boundary for i, b in enumerate(blocks)]
         # the last input that leaves is still there, and in the backward pass the next one comes beside it
         near = max(away, default=0)
         held = [h - a for h, a in zip(held, away, strict=True)]
