@@ -45,6 +45,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qft
 from qft.lora.tuners import UNCHECKPOINTED
+from qft.lora.view import LinearView
 from qft.registry import _entries, quantizer_of
 
 SPECS = {
@@ -278,28 +279,36 @@ class Bench:
 
     def _merged(self, ours: nn.Module, extra: dict[str, Any], tuned: Tensor, figures: dict[str, Any]) -> float:
         """The worst of the merged weights, against the tuned ones as the backend rounds them."""
-        expected = {}
-        if kind_of(ours) == PeftType.LORA:
-            rounded = copy.deepcopy(self.base)
-            for name, layer in ours.get_base_model().named_modules():
-                if not isinstance(layer, BaseTunerLayer):
-                    continue
-                module = rounded.get_submodule(name)
-                quantizer = quantizer_of(module)
-                handle = quantizer.weights(module)[0]
+        expected: dict[str, Tensor] = {}
+        rounded, plain = copy.deepcopy(self.base), None
+        if kind_of(ours) != PeftType.LORA and _changes_weights(ours):
+            plain = qft.merge_to_float(ours)  # held against the outputs as `merged_to_float`
+        for name, layer in ours.get_base_model().named_modules():
+            if not isinstance(layer, BaseTunerLayer) or quantizer_of(module := rounded.get_submodule(name)) is None:
+                continue
+            quantizer = quantizer_of(module)
+            handle = quantizer.weights(module)[0]
+            if plain is None:
                 value = quantizer.dequantize(handle, dtype=torch.float32) + layer.get_delta_weight("default")
-                quantizer.requantize(handle, value)
-                expected[name] = quantizer.dequantize(handle, dtype=torch.float32)
+            else:
+                value = plain.get_submodule(name).weight.detach().float()
+            quantizer.requantize(handle, value)
+            expected[name] = quantizer.dequantize(handle, dtype=torch.float32)
         ours.base_model.merge_adapter()
         figures["rounding"] = relative(logits(ours, extra), tuned)
         found = dict(ours.get_base_model().named_modules())
         errors = []
         for name, value in expected.items():
             module = found[name].get_base_layer()
+            module = module.layer if isinstance(module, LinearView) else module
             quantizer = quantizer_of(module)
             errors.append(relative(quantizer.dequantize(quantizer.weights(module)[0], dtype=torch.float32), value))
         ours.base_model.unmerge_adapter()
-        return max(errors) if errors else figures["rounding"]  # of other methods, the layers in float alone are merged
+        return max(errors) if errors else figures["rounding"]  # of methods that change float layers alone
+
+
+def _changes_weights(model: nn.Module) -> bool:
+    return any(isinstance(m, BaseTunerLayer) for m in model.get_base_model().modules())
 
 
 def _tried(measure: Callable[[], float]) -> float | str:

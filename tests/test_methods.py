@@ -138,18 +138,6 @@ def test_what_is_merged_to_float_is_what_was_trained(spec, method):
     assert torch.equal(logits(model), expected) and same(frozen(model), base)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_merge_into_quantized_weights_is_refused(method):
-    model = wrapped(method=method)
-    layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
-    for merge in (qft.merge, lambda m: m.merge_adapter(), lambda m: m.merge_and_unload(), lambda m: layer.merge()):
-        with refuses(UnsupportedOperation, "quantized", "qft.merge_to_float", model=model):
-            merge(model)
-    assert not layer.merged
-    with refuses(UnsupportedOperation, "original=", model=model):
-        qft.merge_to_float(model, original=llama())
-
-
 @pytest.mark.parametrize(
     "config", [LilyConfig(target_modules=["q_proj"], r=4, num_B=2, stride_A=1), PROMPT], ids=["Lily", "prompt tuning"]
 )

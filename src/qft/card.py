@@ -96,18 +96,27 @@ def _quantizers(model: nn.Module) -> list[tuple[str, str, float]]:
     return found
 
 
+def _method(config: Any) -> str:
+    """The method of an adapter with its rank, such as "DoRA, r 16, alpha 16"."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind == "LORA":
+        kind = "DoRA" if config.use_dora else "LoRA"
+        kind += ", rank-stabilised" if config.use_rslora else ""
+    sizes = {"r": getattr(config, "r", None), "alpha": getattr(config, "lora_alpha", None)}
+    return ", ".join([kind, *(f"{k} {v}" for k, v in sizes.items() if v)])
+
+
 def _adapters(base: nn.Module, configs: dict[str, Any]) -> list[str]:
     """The adapters that are in the weights, in short."""
     layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
     active = dict.fromkeys(name for layer in layers for name in (layer.merged_adapters or layer.active_adapters))
     lines = []
     for config in (configs[name] for name in active if name in configs):
-        kind = "DoRA" if getattr(config, "use_dora", False) else "LoRA"
-        scaled = ", rank-stabilised" if getattr(config, "use_rslora", False) else ""
-        targets = config.target_modules
+        targets = getattr(config, "target_modules", None)
         targets = targets if isinstance(targets, str) else ", ".join(sorted({t.split(".")[-1] for t in targets or ()}))
-        saved = f", {', '.join(config.modules_to_save)} trained whole" if config.modules_to_save else ""
-        lines.append(f"{kind}{scaled}, r {config.r}, alpha {config.lora_alpha}, on {targets}{saved}")
+        saved = getattr(config, "modules_to_save", None)
+        trained = f", {', '.join(saved)} trained completely" if saved else ""
+        lines.append(f"{_method(config)}{f', on {targets}' if targets else ''}{trained}")
     return lines
 
 

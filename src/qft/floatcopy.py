@@ -19,12 +19,12 @@ from qft.backends.unquantized import Unquantized
 from qft.devices import free_bytes
 from qft.errors import NonFiniteWeights, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.experts import as_stack, float_experts, stacks
-from qft.guard import brief
 from qft.hf import unmark
 from qft.lora.experts import QftExperts, chain
 from qft.lora.layer import QftLinear
 from qft.lora.merges import WeightMerge, compare_merge
 from qft.lora.view import LinearView
+from qft.lora.view_merging import available, is_over_view, merged_by_peft
 from qft.originals import Originals
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
@@ -62,7 +62,7 @@ class FloatLayers:
             active = None if module.disable_adapters or not module.active_adapters else module.active_adapters[0]
             return copy.deepcopy(module.modules_to_save[active] if active else module.original_module)
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), LinearView):
+            if is_over_view(module):
                 return self._merged_by_peft(module, name)
             twin = copy.deepcopy(module)
             if hasattr(twin, "unload_and_optionally_merge_module"):
@@ -123,27 +123,20 @@ class FloatLayers:
             wanted = layer.merged_weight(names, source, learnt=True)
         return wanted, (before, tuned)
 
-    def _merged_by_peft(self, module: BaseTunerLayer, name: str) -> nn.Module:
-        """Another method than LoRA: its own merge, into a float linear of the dequantized weight."""
+    def _merged_by_peft(self, module: Any, name: str) -> nn.Module:
+        """Another method than LoRA: PEFT's own merge into a float linear of the dequantized weight."""
+        if module.merged and module.disable_adapters:
+            module = _unmerged(module)
         view = module.get_base_layer()
         handle = view.handle
-        before = view.dequantized(torch.float32)
-        plain = nn.Linear(view.in_features, view.out_features, bias=handle.bias is not None, device="meta")
-        plain.weight = nn.Parameter(self._original(name, before).clone(), requires_grad=False)
-        if handle.bias is not None:
-            plain.bias = nn.Parameter(handle.bias.detach().float().clone(), requires_grad=False)
-        twin = copy.deepcopy(module, {id(view): plain})
-        twin.__dict__.pop("merge", None)
-        if not twin.disable_adapters:
-            try:
-                twin.merge(safe_merge=True)
-            except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
-                if "NaNs" in str(error):
-                    raise NonFiniteWeights(f"{name}: {brief(error)}; nothing was merged") from error
-                raise UnsupportedOperation(f"PEFT cannot merge this adapter at {name}: {brief(error)}") from error
-        merged = twin.get_base_layer()
-        wanted = merged.weight.data.float()
-        new = self._layer(view.quantizer, handle, wanted, merged.bias)
+        names = [] if module.disable_adapters or module.merged else available(module)
+        if not names:  # the stored weight holds what was merged, as it survived
+            return self._layer(view.quantizer, handle, view.dequantized(torch.float32))
+        try:
+            before, wanted, bias = merged_by_peft(module, names)
+        except (NonFiniteWeights, UnsupportedOperation) as error:
+            raise type(error)(f"{name}: {error}") from error
+        new = self._layer(view.quantizer, handle, wanted, bias)
         after = new.weight.T if handle.transposed else new.weight
         self.weights[name] = compare_merge(before, wanted, after.float())
         return new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from qft.floatcopy import FloatCopy
 from qft.lora.experts import adapted_weights
 from qft.lora.merges import Merging, WeightMerge
 from qft.lora.model import ExactEmbedding, QftLoraModel, all_or_nothing
+from qft.lora.view_merging import ViewMerging, available
 from qft.originals import Originals
 from qft.quantizer import as_float_dtype
 from qft.sources import learnt_over
@@ -132,16 +134,37 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return adapted_weights(marks.base_model(model))
 
 
+def _all_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every adapted weight: LoRA's, and the quantized layers of PEFT's other methods."""
+    yield from _layers(model)
+    for name, module in marks.base_model(model).named_modules():
+        if isinstance(module, ViewMerging):
+            yield name, module
+
+
+def _active(layer: Any) -> list[str]:
+    if isinstance(layer, ViewMerging):
+        return available(layer)
+    return [a for a in layer.active_adapters if a in layer.lora_A]
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the name of the layer in front of an error."""
+    try:
+        yield
+    except (UnsupportedOperation, NonFiniteWeights) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def _require_adapters(model: nn.Module) -> None:
     marks.record_of(model)
     if not hasattr(model, "peft_config"):
         raise BadOption("this model has no adapters to merge: wrap it with qft.wrap first")
     other = _other_method(model)
     if other is not None:
-        raise UnsupportedOperation(
-            f"only LoRA adapters merge into quantized weights, and these are {other}: qft.merge_to_float(model) merges "
-            "them into a float copy"
-        )
+        _require_weights(model, other)
+        return
     if isinstance(model, PeftModel):  # else transformers' own add_adapter put our layers in, without a tuner
         if not isinstance(model.base_model, QftLoraModel):
             raise UnsupportedOperation("these adapters were put on before qft was imported: wrap the model anew")
@@ -154,12 +177,16 @@ def require_float_merge(model: nn.Module) -> None:
         raise BadOption("this model is neither quantized nor wrapped: it is a float model already")
     other = _other_method(model)
     if other is not None:
-        if not any(isinstance(m, BaseTunerLayer) for m in marks.base_model(model).modules()):
-            raise UnsupportedOperation(
-                f"{other} changes no weight, so that there is nothing to merge: save the adapter, and use it beside its base"
-            )
+        _require_weights(model, other)
     elif hasattr(model, "peft_config"):
         _require_adapters(model)
+
+
+def _require_weights(model: nn.Module, method: str) -> None:
+    if not any(isinstance(m, BaseTunerLayer) for m in marks.base_model(model).modules()):
+        raise UnsupportedOperation(
+            f"{method} changes no weight, so there is nothing to merge: save the adapter, and use it with its base"
+        )
 
 
 def _other_method(model: nn.Module) -> str | None:
@@ -203,14 +230,15 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
     """
     _require_adapters(model)
     base = marks.base_model(model)
-    plan: Plan = [
-        (n, m, [a for a in m.active_adapters if a in m.lora_A and a not in m.merged_adapters])
-        for n, m in _layers(model)
-    ]
+    method = _other_method(model)
+    if method is not None and original is not None:
+        raise UnsupportedOperation(f"original= is for LoRA adapters, and these are {method}: leave it out")
+    plan: Plan = [(n, m, [a for a in _active(m) if a not in m.merged_adapters]) for n, m in _all_layers(model)]
     if original is not None or data is not None:
         _require_plain_state(plan)
-    for _, layer, names in plan:
-        layer.check_merge(names)
+    for name, layer, names in plan:
+        with _named(name):
+            layer.check_merge(names)
     originals = None
     if original is not None:
         originals = learnt_over(base, original, {n: (m, names) for n, m, names in plan})
@@ -222,7 +250,8 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
     def merge_from(source: Originals | None) -> None:
         for name, layer, names in plan:
             if names:
-                layer.merge(adapter_names=names, original=_source(source, name, layer))
+                over = {} if source is None else {"original": _source(source, name, layer)}
+                layer.merge(adapter_names=names, **over)
                 report.weights[name] = layer.last_merge
         others.merge()
 
@@ -263,7 +292,9 @@ class _OtherLayers:
     """PEFT's own layers in the model: merged with ours, and with `keep` taken out to the bit, also on an error."""
 
     def __init__(self, base: nn.Module, keep: bool):
-        self.layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, Merging)]
+        self.layers = [
+            m for m in base.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, Merging | ViewMerging)
+        ]
         inexact = [m for m in self.layers if not isinstance(m, ExactEmbedding)] if keep else []  # PEFT subtracts there
         weights = {p for m in inexact for n, p in m.named_parameters() if "lora_" not in n}
         self.kept = [(p, p.detach().to("cpu", copy=True)) for p in weights]

@@ -6,7 +6,8 @@ gives. What that cannot make right is refused here, by method and never by backe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft.mixed_model
@@ -19,8 +20,9 @@ from torch import nn
 from qft.errors import BadOption, UnsupportedOperation
 from qft.guard import as_it_was
 from qft.lora.layer import DequantizedForward
-from qft.lora.model import _quantized, check_saved_modules
-from qft.lora.view import LinearView, shown_as_linears, take_off, views
+from qft.lora.model import _quantized, all_or_nothing, check_saved_modules, warn_of_loss
+from qft.lora.view import LinearView, shown_as_linears, take_off
+from qft.lora.view_merging import allow_merging, available, is_over_view
 from qft.marks import record_of
 from qft.quantizer import Quantizer
 from qft.quiet import quiet_imports
@@ -102,6 +104,8 @@ class OverQuantized(BaseTuner):
         native = record.forward == "native"
         with as_it_was(model), quiet_imports(), shown_as_linears(model, native):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for layer in _view_layers(model):
+            allow_merging(layer)
         DequantizedForward.take_off(model)
         if not native:
             DequantizedForward.put_on(model)
@@ -113,28 +117,56 @@ class OverQuantized(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _check_merge_allowed(self) -> None:
-        if views(self.model):
-            raise UnsupportedOperation(
-                f"{self._kind()} adapters cannot be merged into quantized weights, and nothing was merged: "
-                "qft.merge_to_float(model) merges them into a float copy"
-            )
-        super()._check_merge_allowed()
+        with _without_marks(self.model):
+            super()._check_merge_allowed()
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise what a merge would raise, before the first weight changes."""
+        self._check_merge_allowed()
+        for layer in _view_layers(self.model):
+            layer.check_merge(available(layer, adapter_names))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_merge_allowed()
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self.check_merge(adapter_names)
+        with all_or_nothing(self.model):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:  # fmt: skip
         if merge:
-            self._check_merge_allowed()
-        with as_it_was(self.model):
-            model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            self.check_merge(adapter_names)
+        layers = _view_layers(self.model)
+        with as_it_was(self.model), all_or_nothing(self.model), _without_marks(self.model):
+            model = super()._unload_and_optionally_merge(
+                merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
             take_off(model)
         DequantizedForward.take_off(model)
+        record = record_of(self.model)
+        merges = [m.last_merge for m in layers if m.merged and m.last_merge is not None]
+        if record is not None and merges:
+            record.base_changed = record.merged = True
+            warn_of_loss(merges)
         return model
 
-    def _kind(self) -> str:
-        return next(iter(self.peft_config.values())).peft_type.value
+
+_MARKS = ("is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
+
+
+@contextmanager
+def _without_marks(model: nn.Module) -> Iterator[None]:
+    """Hide the marks by which PEFT's methods refuse to merge into quantized weights: qft's layers can."""
+    kept = {name: model.__dict__.pop(name) for name in _MARKS if name in model.__dict__}
+    try:
+        yield
+    finally:
+        model.__dict__.update(kept)
+
+
+def _view_layers(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if is_over_view(m)]
 
 
 class QftMixedModel(MixedModel):

@@ -80,8 +80,8 @@ class LinearView(Sourced, nn.Linear):
 
 
 _WRITTEN = (
-    "this writes to the weight of a quantized layer, which would lose the change: nothing was written. Only LoRA adapters "
-    "merge into quantized weights; qft.merge_to_float(model) merges others into a float copy"
+    "this writes to the weight of a quantized layer, which would lose the change: nothing was written. qft.merge(model) "
+    "merges adapters into quantized weights, and qft.merge_to_float(model) into a float copy"
 )
 
 
@@ -94,13 +94,6 @@ class _ReadOnly(nn.Parameter):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise UnsupportedOperation(_WRITTEN)
-
-
-class NoMerge:
-    """Stands before the `merge` of a PEFT layer over a view: not every one of them assigns to `.data`."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedOperation(_WRITTEN)
 
 
@@ -139,9 +132,6 @@ def shown_as_linears(model: nn.Module, native: bool) -> Iterator[None]:
     for view in made:
         if id(view) in kept:
             view.settle()
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), LinearView):
-            module.__dict__["merge"] = NoMerge()
 
 
 def _adapted(model: nn.Module, name: str) -> bool:
