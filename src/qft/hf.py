@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.core_model_loading import ConversionOps
@@ -262,16 +263,22 @@ def _store_packed(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Tensor]:
-    """Parameters by the names that they have without adapters; with `stored`, by those of the backend's own format."""
+    """Collect a base model's tensors by the names that they have without adapters.
+
+    Args:
+        base: the model under PEFT's wrapper, with or without adapters.
+        stored: name the packed tensors as the backend's own format does.
+    """
+    owners = _bare_prefixes(base)
     state = {}
-    tuned = tuple(
-        f"{n}." for n, m in base.named_modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer")
-    )
     for key, value in base.state_dict().items():
-        if ".lora_" in f".{key}" or ".modules_to_save." in key or _of_an_adapter(key, tuned):
-            continue
-        parts = [p for p in key.split(".") if p not in ("base_layer", HELD, "original_module")]
-        state[".".join(parts)] = value
+        prefix = key.rpartition(".")[0]
+        while prefix not in owners:  # a tensor's name may hold dots, such as bitsandbytes' "weight.absmax"
+            prefix = prefix.rpartition(".")[0]
+        bare = owners[prefix]
+        if bare is not None:
+            last = key.removeprefix(f"{prefix}.") if prefix else key
+            state[f"{bare}.{last}" if bare else last] = value
     if stored:
         for name, module in bare_layers(base):
             names = module.quantizer.stored_names if isinstance(module, PackedLinear) else {}
@@ -280,8 +287,35 @@ def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Te
     return state
 
 
-def _of_an_adapter(key: str, tuned: tuple[str, ...]) -> bool:
-    return any(key.startswith(n) and not key.startswith(f"{n}base_layer.") for n in tuned)
+def _bare_prefixes(base: nn.Module) -> dict[str, str | None]:
+    """Name of each module → the name that it has without adapters, or None where it belongs to an adapter."""
+    found: dict[str, str | None] = {}
+
+    def walk(module: nn.Module, name: str, bare: str | None) -> None:
+        inner = _wrapped_child(module)
+        found[name] = bare if inner is None else None
+        for key, child in module._modules.items():
+            if child is None:
+                continue
+            if inner is None:
+                below = None if bare is None else f"{bare}.{key}" if bare else key
+            else:
+                below = bare if key == inner else None
+            walk(child, f"{name}.{key}" if name else key, below)
+
+    walk(base, "", "")
+    return found
+
+
+def _wrapped_child(module: nn.Module) -> str | None:
+    """The name under which a wrapper holds the module of the base model; None for modules that wrap nothing."""
+    if HELD in module._modules:
+        return HELD
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return "token_adapter" if "token_adapter" in module._modules else "original_module"
+    if isinstance(module, BaseTunerLayer) and "base_layer" in module._modules:
+        return "base_layer"
+    return None
 
 
 def bare_name(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from qft import hf, marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
 from qft.experts import as_stack, pack_parameter
-from qft.paths import did_you_mean
+from qft.paths import did_you_mean, is_adapter
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
 from qft.registry import file_reader, folder_reader, quantizer_of
 from qft.saying import first_sentence
@@ -186,18 +187,24 @@ def with_weight(old: nn.Module, value: Tensor) -> nn.Module:
     return layer
 
 
+WITHOUT_ADAPTER = {"subfolder": ".no-adapter"}
+"""As `adapter_kwargs` of `from_pretrained`: do not load an adapter that is stored in the folder of its base model."""
+
+
 def load_quantized(
     path: str,
     plan: Plan | None,
     device: torch.device | None,
     progress: bool,
     needed: Callable[[nn.Module], Collection[str]] | None = None,
+    complete: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """`from_pretrained` of the model class that the config names, quantizing as `plan` says.
 
     Args:
         needed: without a plan: names of the layers whose weights the folder must hold.
+        complete: the folder must hold every tensor of the model, and no other.
 
     Raises:
         BadFolder: no such folder, or files that cannot be read, or that lack weights.
@@ -211,6 +218,7 @@ def load_quantized(
         config = hf.QftConfig()
         config.plan = plan
         kwargs["quantization_config"] = config
+    kwargs.setdefault("adapter_kwargs", dict(WITHOUT_ADAPTER))
     cls = model_class(path, kwargs)
     reader = file_reader(kwargs) if plan is None and needed is None else None
     if reader is not None and reader.file_option is not None:
@@ -244,7 +252,18 @@ def load_quantized(
         raise BadFolder(f"{path} lacks {len(missing)} of the quantized model's weights, {min(missing)} first")
     elif needed is not None:
         _check_complete(info["missing_keys"], needed(model))
+    if complete:
+        check_tensors(path, info["missing_keys"], info["unexpected_keys"])
     return model
+
+
+def check_tensors(path: str | os.PathLike[str], missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise `BadFolder`, with their names, where tensors of a stored model are missing, or do not belong to it."""
+    for keys, what in ((missing, "lacks"), (unexpected, "holds tensors that the model does not have:")):
+        names = sorted(keys)
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise BadFolder(f"the stored base in {path} {what} {', '.join(names[:3])}{more}: save it again")
 
 
 def _packed(path: str, cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,6 +321,8 @@ def read_config(path: str, options: Mapping[str, Any]) -> Any:
 
     where = Path(path, options.get("subfolder") or "")
     if where.is_dir() and not (where / "config.json").is_file() and "gguf_file" not in options:
+        if is_adapter(where):
+            raise BadFolder(f"{path} holds an adapter and no model: give its base model, or open both with qft.load")
         raise BadFolder(f"{path} holds no config.json: give the folder of a model, as save_pretrained writes it")
     if where.is_file():
         raise BadFolder(f"{path} is a file: give the folder of a model, as save_pretrained writes it")

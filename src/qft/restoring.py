@@ -21,8 +21,8 @@ from qft.devices import check_device, default_device, place
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
 from qft.experts import fused_weight
 from qft.guard import as_it_was, brief, rehearse_load
-from qft.hf import bare_layers
-from qft.loading import load_quantized
+from qft.hf import bare_layers, bare_state_dict, weight_conversions
+from qft.loading import check_tensors, load_quantized
 from qft.lora.layer import DequantizedForward
 from qft.lora.model import KEPT_INITS
 from qft.lora.tuners import check_method
@@ -148,7 +148,7 @@ def _base_for(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any] 
             raise BadFolder(f"{stored} is no transformers checkpoint: pass base=, a module such as it was made from")
         quantizers = [get_quantizer(q) for q in note["quantizers"]]
         device = check_device(kwargs.pop("device", None)) or place(quantizers, stored=True)
-        model = load_quantized(str(stored), None, device, False, **kwargs)
+        model = load_quantized(str(stored), None, device, False, complete=True, **kwargs)
         record = hf.adopt(model)
         record.fingerprint = note["fingerprint"]  # stored together: the same by construction
         record.base_changed = note["base_changed"]
@@ -212,6 +212,7 @@ def restore_base(model: nn.Module, folder: Path, record: marks.Record) -> None:
     layers = {n: m for n, m in bare_layers(marks.base_model(model)) if quantizer_of(m) is not None and n in tensors}
     for name, state in tensors.items():  # all of it before the first layer changes
         _check_state(folder, name, state, layers[name].state_dict(), record.quantizers[name])
+    _check_others(folder, marks.base_model(model), record.quantizers)
     for name, state in tensors.items():
         quantizer = record.quantizers[name]
         quantizer.load_state(quantizer.weights(layers[name])[0], state)
@@ -241,6 +242,31 @@ def check_stored_base(folder: Path, base: nn.Module, quantizers: Mapping[str, Qu
             twin = with_weight(old, torch.zeros_like(old.weight))
             expected[kind] = quantizer.on_device(old.weight.device).quantize_layer(twin).state_dict()
         _check_state(folder, name, stored[name], expected[kind], quantizer)
+
+
+def _check_others(folder: Path, base: nn.Module, quantized: Iterable[str]) -> None:
+    """Check that the stored base has the tensors outside the quantized layers that `base` has, by their names.
+
+    Raises:
+        BadFolder: tensors are missing, or belong to no module.
+    """
+    if hasattr(base, "save_pretrained") and weight_conversions(base):  # the files have names of their own
+        return
+    owners = tuple(f"{name}." for name in quantized)
+    names = _names_in(folder)
+    here = {k: v for k, v in bare_state_dict(base).items() if not k.startswith(owners)}
+    stored = {k for k in names if not k.startswith(owners)}
+    ends = {(here[k].data_ptr(), here[k].shape) for k in stored & here.keys()}  # of tied tensors, one end is stored
+    missing = [k for k, v in here.items() if k not in stored and (v.data_ptr(), v.shape) not in ends]
+    check_tensors(folder, missing, stored - here.keys())
+
+
+def _names_in(folder: Path) -> set[str]:
+    found: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= set(file.keys())
+    return found
 
 
 def _read_base(folder: Path, names: Iterable[str], read: Callable[[Any, str], torch.Tensor]) -> dict[str, dict]:

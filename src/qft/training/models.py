@@ -162,8 +162,10 @@ def _lora_over_floats(prepared: Prepared) -> nn.Module:
 def _float_model(prepared: Prepared) -> Any:
     import transformers
 
+    from qft.loading import WITHOUT_ADAPTER
+
     config = prepared.config
-    options: dict[str, Any] = {"dtype": float_dtype(prepared)}
+    options: dict[str, Any] = {"dtype": float_dtype(prepared), "adapter_kwargs": dict(WITHOUT_ADAPTER)}
     implementation = attention(prepared)
     if implementation is not None:
         options["attn_implementation"] = implementation
