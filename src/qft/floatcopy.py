@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from qft.backends.unquantized import Unquantized
+from qft.detach import detach_from
 from qft.devices import free_bytes
 from qft.errors import NonFiniteWeights, QftWarning, UnsupportedDevice, UnsupportedOperation
 from qft.experts import as_stack, float_experts, stacks
@@ -243,6 +244,7 @@ def copy_bare(base: nn.Module, memo: dict[int, Any]) -> nn.Module:
     finally:
         if kept is not None:
             base.__dict__["_qft"] = kept
+    detach_from(base, plain)
     _clean(plain)
     return plain
 
@@ -358,6 +360,7 @@ def _clean(plain: nn.Module) -> None:
         plain.__dict__.pop(name, None)
     for module in plain.modules():
         module.__dict__.pop("_qft_quantizer", None)
+        _own_forward(module)
         for key, hook in list(module._forward_hooks.items()):
             if "require_grads" in getattr(hook, "__qualname__", "") or type(hook).__module__.startswith("qft."):
                 del module._forward_hooks[key]
@@ -366,6 +369,15 @@ def _clean(plain: nn.Module) -> None:
     if any(getattr(module, "gradient_checkpointing", False) for module in plain.modules()):
         disable = getattr(plain, "activation_checkpointing_disable", None) or plain.gradient_checkpointing_disable
         disable()
+
+
+def _own_forward(module: nn.Module) -> None:
+    """Take the forwards of `optimize_training` off a module; those under them stay."""
+    while type(forward := module.__dict__.get("forward")).__module__.startswith("qft."):
+        del module.__dict__["forward"]
+        before = getattr(forward, "before", None)
+        if before is not None:
+            module.__dict__["forward"] = before
 
 
 def _undispatch(plain: nn.Module) -> None:

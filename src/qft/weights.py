@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qft import marks
 from qft.backends.unquantized import Unquantized, is_float_linear
+from qft.detach import detach_from
 from qft.errors import AdapterMismatch, QftWarning
 from qft.experts import PackedExperts
 from qft.lora.experts import QftExperts
@@ -60,6 +61,7 @@ def float_twin(model: nn.Module, quantizers: Iterable[Quantizer | None]) -> Iter
                 memo[id(module.weight)] = nn.Parameter(module.weight.detach(), module.weight.requires_grad)
                 shared.append((module.weight, memo[id(module.weight)]))
     twin = copy.deepcopy(model, memo)
+    detach_from(model, twin)
     yield twin
     kept = {id(p) for p in twin.parameters()}
     for parameter, view in shared:
