@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from qft.lora.view_merging import available, is_over_view, merged_by_peft
 from qft.originals import Originals
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
+from qft.ties import check_parting, settle_tie
 
 HOST = torch.device("cpu")
 
@@ -213,6 +214,7 @@ class FloatCopy:
     def build(self) -> nn.Module:
         """The copy; raises what `FloatLayers` raises."""
         base, inside = self.base, set()
+        check_parting(base)
         memo: dict[int, Any] = {}
         for name, module in base.named_modules():
             if id(module) in inside:
@@ -336,21 +338,6 @@ def _overflows(base: nn.Module, dtype: torch.dtype | None) -> bool:
 
 
 # ---- what a copy must not have ---------------------------------------------------------------------------
-
-
-def settle_tie(plain: nn.Module, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:
-    """Say in the config whether head and embedding still share their weight: training one of them parts them."""
-    config = getattr(plain, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    try:
-        head, embedding = plain.get_output_embeddings().weight, plain.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError):
-        return
-    if head is not embedding and same(head, embedding):
-        plain.tie_weights()
-    elif head is not embedding:
-        config.tie_word_embeddings = False
 
 
 def _clean(plain: nn.Module) -> None:

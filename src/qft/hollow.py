@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from qft import marks
 from qft.errors import UnsupportedDevice, UnsupportedOperation
 from qft.experts import float_experts, stacks
-from qft.floatcopy import FloatLayers, cast, copy_bare, empty_layer, settle_tie
+from qft.floatcopy import FloatLayers, cast, copy_bare, empty_layer
 from qft.lora.experts import QftExperts
 from qft.lora.layer import QftLinear
 from qft.merging import MergeReport
 from qft.originals import Originals
 from qft.registry import quantizer_of
+from qft.ties import check_parting, settle_tie
 
 
 class HollowModel:
@@ -63,6 +64,7 @@ class HollowModel:
         return self._report
 
     def _build(self) -> nn.Module:
+        check_parting(self.base)
         memo: dict[int, Any] = {}
         inside: set[int] = set()
         for name, module in self.base.named_modules():

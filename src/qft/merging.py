@@ -17,9 +17,10 @@ from qft.backends.unquantized import Unquantized
 from qft.drift import Drift, Probe
 from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
 from qft.floatcopy import FloatCopy
+from qft.lora.exact import merge_exactly
 from qft.lora.experts import adapted_weights
 from qft.lora.merges import Merging, WeightMerge
-from qft.lora.model import ExactEmbedding, QftLoraModel, all_or_nothing
+from qft.lora.model import QftLoraModel, all_or_nothing
 from qft.lora.view_merging import ViewMerging, available
 from qft.originals import Originals
 from qft.quantizer import as_float_dtype
@@ -27,6 +28,10 @@ from qft.sources import learnt_over
 
 Plan = list[tuple[str, Any, list[str]]]
 """Layers by the name of the weight that they adapt, with the adapters to merge."""
+
+
+DRIFT = 0.05
+"""KL in nats per token above which a merge is not recommended, however much of the update survived."""
 
 
 @dataclass
@@ -89,6 +94,11 @@ class MergeReport:
             )
         if self.source == "original":
             return f"{share}, beside fresh rounding noise: data= measures whether merging without original= drifts less"
+        if self.drift is not None and self.drift.kl > DRIFT:
+            return (
+                f"{share}, but the predictions drift by KL {self.drift.kl:.2g} nats per token: use qft.merge_to_float (after "
+                "qft.unmerge), or keep the adapter apart from its base"
+            )
         if self.survived < 0.9:
             return f"only {share}: merge with original= (after qft.unmerge), or use qft.merge_to_float"
         return f"keep this merge: {share}"
@@ -244,7 +254,7 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
         originals = learnt_over(base, original, {n: (m, names) for n, m, names in plan})
     probe = None if data is None else Probe(model, data, tokenizer)
     report = MergeReport("quantized", source="dequantized" if originals is None else "original")
-    others = _OtherLayers(base, keep=probe is not None)
+    others = _OtherLayers(base)
     others.check()
 
     def merge_from(source: Originals | None) -> None:
@@ -289,15 +299,13 @@ def _require_plain_state(plan: Plan) -> None:
 
 
 class _OtherLayers:
-    """PEFT's own layers in the model: merged with ours, and with `keep` taken out to the bit, also on an error."""
+    """PEFT's own layers in the model: merged with ours, and taken out to the bit, also on an error."""
 
-    def __init__(self, base: nn.Module, keep: bool):
+    def __init__(self, base: nn.Module):
+        merge_exactly(base)
         self.layers = [
             m for m in base.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, Merging | ViewMerging)
         ]
-        inexact = [m for m in self.layers if not isinstance(m, ExactEmbedding)] if keep else []  # PEFT subtracts there
-        weights = {p for m in inexact for n, p in m.named_parameters() if "lora_" not in n}
-        self.kept = [(p, p.detach().to("cpu", copy=True)) for p in weights]
 
     def check(self) -> None:
         """Raise `NonFiniteWeights` for a broken adapter before the first weight changes."""
@@ -315,11 +323,6 @@ class _OtherLayers:
         for module in self.layers:
             if module.merged:
                 module.unmerge()
-        self._restore()
-
-    def _restore(self) -> None:
-        for parameter, value in self.kept:
-            parameter.data.copy_(value)
 
     def __enter__(self) -> None:
         pass

@@ -18,9 +18,10 @@ from qft.errors import BadOption, NeedsCalibration, QftWarning, UnsupportedOpera
 from qft.guard import as_it_was, check_names, refused_by_peft, rehearse
 from qft.inits import AdapterInit, InitRun, need_original, resolve_init, settle_auto
 from qft.inits.run import no_statistics
+from qft.lora.exact import merge_exactly
 from qft.lora.experts import adapted_weights
 from qft.lora.layer import DequantizedForward
-from qft.lora.model import check_config, check_groups, check_saved_modules, fill_targets, targeted
+from qft.lora.model import check_config, check_groups, check_saved_modules, check_tokens, fill_targets, targeted
 from qft.lora.tuners import check_method
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
@@ -123,6 +124,7 @@ def is_lora(adapter: PeftConfig) -> bool:
 def check_adapter(model: nn.Module, adapter: LoraConfig) -> None:
     """Everything that can be wrong with a LoRA config over this model; targets that were left open are filled in."""
     check_config(adapter)
+    check_tokens(model, adapter)
     fill_targets(model, adapter)
     check_saved_modules(model, adapter)
     targeted(model, adapter)
@@ -180,6 +182,7 @@ def _wrap_lora(
     try:
         with as_it_was(model), refused_by_peft():
             peft_model = get_peft_model(model, adapter)
+            merge_exactly(peft_model)
             if run is not None:
                 run.apply(peft_model, "default")
     except BaseException:
@@ -195,6 +198,7 @@ def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record, for
     try:
         with as_it_was(model), refused_by_peft():
             peft_model = get_peft_model(model, adapter)
+            merge_exactly(peft_model)
             if forward == "dequantize":
                 DequantizedForward.put_on(model)
             return peft_model

@@ -23,6 +23,7 @@ from qft.experts import fused_weight
 from qft.guard import as_it_was, brief, rehearse_load
 from qft.hf import bare_layers, bare_state_dict, weight_conversions
 from qft.loading import check_tensors, load_quantized
+from qft.lora.exact import merge_exactly
 from qft.lora.layer import DequantizedForward
 from qft.lora.model import KEPT_INITS
 from qft.lora.tuners import check_method
@@ -98,6 +99,7 @@ def load_adapter(
     try:
         with as_it_was(model), _strict_load():
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
+            merge_exactly(peft_model)
             put_starts(peft_model, starts)
             if record.forward == "dequantize":
                 DequantizedForward.put_on(model)

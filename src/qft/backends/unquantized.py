@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qft.kept import KeptParameter, give_back, give_own, keep
 from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, float_weight, is_conv1d
 
 
@@ -41,14 +42,13 @@ class Unquantized(Quantizer):
         return value.to(dtype or weight.dtype) if out is None else out.copy_(value)
 
     def requantize(self, weight: QuantizedWeight, value: Tensor) -> None:
-        parameter = weight.module.weight
-        parameter.data = (value.T if weight.transposed else value).to(parameter).contiguous()
+        give_own(weight.module, "weight", (value.T if weight.transposed else value).contiguous())
 
-    def snapshot(self, weight: QuantizedWeight) -> Tensor:
-        return weight.module.weight.detach().to("cpu", copy=True)
+    def snapshot(self, weight: QuantizedWeight) -> KeptParameter:
+        return keep(weight.module.weight)
 
-    def restore(self, weight: QuantizedWeight, saved: Tensor) -> None:
-        weight.module.weight.data = saved.to(weight.module.weight.device, copy=True)
+    def restore(self, weight: QuantizedWeight, saved: KeptParameter) -> None:
+        give_back(weight.module, "weight", saved)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return 2 * prod(shape)

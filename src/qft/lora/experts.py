@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qft.errors import NonFiniteWeights, UnsupportedOperation
 from qft.experts import PackedExperts, stacks
 from qft.lora.grouped import ExpertUpdate
-from qft.lora.merges import Merging, WeightMerge
+from qft.lora.merges import Merging, WeightMerge, refuse_training
 from qft.quantizer import QuantizedWeight, Quantizer
 
 
@@ -69,6 +69,8 @@ class QftExperts(Merging, ParamWrapper):
             )
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.merged:
+            refuse_training(self)
         updates = [] if self.disable_adapters or self.merged else [
             ExpertUpdate(*self.factors(n), float(self.scaling[n])) for n in self.active_adapters if n in self.lora_A
         ]  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qft.backends.unquantized import Unquantized
 from qft.kernels import Codebook
 from qft.lora.autograd import Update, lora_linear
-from qft.lora.merges import Merging, WeightMerge
+from qft.lora.merges import Merging, WeightMerge, refuse_training
 from qft.lora.operator import Source, Sourced
 from qft.packed import PackedLinear, dequantizer
 from qft.quantizer import QuantizedWeight, Quantizer
@@ -41,7 +41,7 @@ class QftLinear(Sourced, Merging, Linear):
         self.quantizer: Quantizer = quantizer_of(base_layer) or Unquantized()
         self.native = bool(kwargs.pop("native", False))
         self._view_base = False
-        self._saved: tuple[Any, Tensor | None] | None = None
+        self._saved: tuple[Any, Any] | None = None
         self.last_merge: WeightMerge | None = None
         self.from_original = False  # what is merged was merged over W, not over Ŵ
         # adapter → (A, B) that its init put there, float32 on the host; None where that is not known; absent for B = 0
@@ -136,6 +136,7 @@ class QftLinear(Sourced, Merging, Linear):
                 self.unmerge()
             return self._base(x)
         if self.merged:
+            refuse_training(self)
             return self._base(x)
         if adapter_names is not None:
             return self._mixed_batch(x, adapter_names)

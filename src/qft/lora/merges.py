@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
+from qft.kept import KeptParameter, give_back, give_own, keep
 from qft.quantizer import QuantizedWeight
 
 
@@ -28,6 +29,23 @@ class WeightMerge:
     update_norm: float
 
 
+def refuse_training(layer: Any) -> None:
+    """Refuse a forward pass that would train adapters which are merged: they get no gradient.
+
+    Raises:
+        BadOption: the layer is in training mode with gradients, and one of its merged adapters is trainable.
+    """
+    if not (layer.training and torch.is_grad_enabled()):
+        return
+    merged = set(layer.merged_adapters)
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad and merged.intersection(name.split(".")):
+            raise BadOption(
+                f"adapter {', '.join(layer.merged_adapters)} is merged into the weights, so training it would change nothing: "
+                "call qft.unmerge(model) first, or model.eval() to use the merged model"
+            )
+
+
 class Merging:
     """The merging half of the layers with adapters.
 
@@ -41,7 +59,7 @@ class Merging:
     last_merge: WeightMerge | None
     from_original: bool
     starts: dict[str, tuple[Tensor, Tensor] | None]
-    _saved: tuple[Any, Tensor | None] | None
+    _saved: tuple[Any, KeptParameter | None] | None
 
     def delta(self, name: str, like: Tensor, *, learnt: bool = False) -> Tensor:
         """`scaling * B @ A`, (out_features, in_features), in the dtype and on the device of `like`.
@@ -175,14 +193,14 @@ class Merging:
             wanted = self.merged_weight(names, original.to(before), learnt=True)
         bias = self.merged_bias(names)
         old_bias = handle.bias
-        self._saved = (self.quantizer.snapshot(handle), None if old_bias is None else old_bias.detach().clone())
+        self._saved = (self.quantizer.snapshot(handle), None if old_bias is None else keep(old_bias))
         shift = None if original is not None else self._group_shift(names, handle)
         if shift is None:
             self.quantizer.requantize(handle, wanted)
         else:
             self.quantizer.shift(handle, shift)
         if bias is not old_bias:
-            old_bias.data = bias
+            give_own(handle.module, "bias", bias)
         self.merged_adapters[:] = names
         self.from_original = original is not None
         after = self.quantizer.dequantize(handle, dtype=torch.float32)
@@ -218,8 +236,7 @@ class Merging:
         saved, bias = self._saved
         self.quantizer.restore(self.handle, saved)
         if bias is not None:
-            old = self.handle.bias
-            old.data = bias.to(old.device, copy=True)
+            give_back(self.handle.module, "bias", bias)
         self._saved = None
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -9,18 +9,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.lora.layer import Embedding
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from torch import Tensor, nn
+from torch import nn
 
 from qft.backends.unquantized import is_float_linear
 from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOperation
 from qft.experts import PackedExperts, as_stack, fused_parameters, packed_weights
 from qft.guard import as_it_was
+from qft.lora.exact import merge_exactly
 from qft.lora.experts import QftExperts, adaptable, chain, matches
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
 from qft.lora.merges import Merging
@@ -28,6 +30,7 @@ from qft.marks import record_of
 from qft.quiet import quiet_imports
 from qft.registry import quantizer_of
 from qft.selection import linear_targets
+from qft.ties import check_parting, settle_tie, tied_pairs
 
 KEPT_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """PEFT's initialisations that leave the base weight alone; the others are ours to translate, or refused."""
@@ -48,24 +51,6 @@ _REFUSED = {
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
-class ExactEmbedding(Embedding):
-    """PEFT's layer over an embedding, unmerged to the bit: PEFT subtracts what it added."""
-
-    _saved: Tensor | None = None
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        if not self.merged:
-            self._saved = self.get_base_layer().weight.detach().to("cpu", copy=True)
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-
-    def unmerge(self) -> None:
-        if self.merged and self._saved is not None:
-            weight = self.get_base_layer().weight
-            super().unmerge()
-            weight.data = self._saved.to(weight.device, copy=True)
-        self._saved = None
-
-
 class QftLoraModel(LoraModel):
     """`LoraModel` that builds `QftLinear` on models quantized by qft, and PEFT's layers on all others."""
 
@@ -74,12 +59,14 @@ class QftLoraModel(LoraModel):
         if record is not None:
             config = self.peft_config[adapter_name]
             check_config(config)
+            check_tokens(model, config)
             if config.target_modules == "all-linear":
                 config.target_modules = set(linear_targets(model, _quantized))
             check_groups(model, config)
         with quiet_imports():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         if record is not None:
+            merge_exactly(model)
             DequantizedForward.take_off(model)
             if record.forward == "dequantize":
                 DequantizedForward.put_on(model)
@@ -94,10 +81,7 @@ class QftLoraModel(LoraModel):
             return super()._create_new_module(lora_config, adapter_name, target, **kwargs)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not _quantized(base) and not is_float_linear(base):
-            layer = super()._create_new_module(lora_config, adapter_name, target, **kwargs)
-            if type(layer) is Embedding:
-                layer.__class__ = ExactEmbedding
-            return layer
+            return super()._create_new_module(lora_config, adapter_name, target, **kwargs)
         for key in ("device_map", "loaded_in_8bit", "loaded_in_4bit", "parameter_name"):
             kwargs.pop(key, None)
         kwargs = {k: v for k, v in kwargs.items() if not k.endswith("quantization_config")}
@@ -163,12 +147,33 @@ class QftLoraModel(LoraModel):
     ) -> None:
         exists = adapter_name in self.peft_config  # then PEFT does nothing
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        if exists:
+            return
+        self._settle_scaling(adapter_name)
+        share = dict(zip(adapters, weights))
         for module in self.model.modules():
-            if not exists and isinstance(module, Merging) and any(name in module.starts for name in adapters):
+            if isinstance(module, LoraLayer):
+                _combine_biases(module, share, adapter_name)
+            if isinstance(module, Merging) and any(name in module.starts for name in adapters):
                 module.starts[adapter_name] = None
+
+    def _settle_scaling(self, adapter_name: str) -> None:
+        """Have the config of a combined adapter describe it: PEFT leaves out rank patterns and scales rsLoRA twice."""
+        config = self.peft_config[adapter_name]
+        config.use_rslora = False
+        for name, module in self.model.named_modules():
+            if not isinstance(module, LoraLayer) or adapter_name not in module.scaling:
+                continue
+            module.scaling[adapter_name] = 1.0  # A holds the scaling of the adapters that were combined
+            matrix = module.lora_A[adapter_name].weight if adapter_name in module.lora_A else None
+            if matrix is not None and not isinstance(module, ParamWrapper) and matrix.shape[0] != config.r:
+                rank = matrix.shape[0]
+                module.r[adapter_name] = module.lora_alpha[adapter_name] = rank
+                config.rank_pattern[name] = config.alpha_pattern[name] = rank
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_all(adapter_names)
+        merge_exactly(self.model)
         with all_or_nothing(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -176,12 +181,16 @@ class QftLoraModel(LoraModel):
         record = record_of(self.model)
         if record is not None and merge:
             self._check_all(adapter_names)
+            check_parting(self.model)
+            merge_exactly(self.model)
         layers = [m for m in self.model.modules() if isinstance(m, Merging)]
         with as_it_was(self.model), all_or_nothing(self.model):
             model = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         DequantizedForward.take_off(model)
+        if record is not None and merge:
+            settle_tie(model)
         merges = [m.last_merge for m in layers if m.merged and m.last_merge is not None]
         if record is not None and merges:
             record.base_changed = record.merged = True
@@ -191,6 +200,7 @@ class QftLoraModel(LoraModel):
     def _check_add_weighted_adapter(self, adapters, combination_type, svd_rank):
         combination_type, rank, targets = super()._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         configs = [self.peft_config[name] for name in adapters]
+        _check_combination(adapters, configs, combination_type)
         sizes = {c.qalora_group_size if c.use_qalora else None for c in configs}
         if len(sizes) > 1 or (sizes != {None} and combination_type.endswith("svd")):
             raise UnsupportedOperation(
@@ -205,6 +215,44 @@ class QftLoraModel(LoraModel):
             if isinstance(module, Merging):
                 names = adapter_names if adapter_names is not None else module.active_adapters
                 module.check_merge([n for n in names if n in module.lora_A])
+
+
+def _check_combination(adapters: list[str], configs: list[Any], combination_type: str) -> None:
+    """Refuse to combine adapters of which a part would be lost.
+
+    Raises:
+        UnsupportedOperation: DoRA, trained tokens, or biases with a combination that is not a sum.
+    """
+    plain = combination_type in ("cat", "linear", "svd")
+    for name, config in zip(adapters, configs):
+        lost = (
+            "its magnitudes (use_dora) are not linear in the adapter"
+            if config.use_dora
+            else "its trained tokens (trainable_token_indices) would be lost"
+            if config.trainable_token_indices
+            else f"its biases (lora_bias) have no {combination_type!r} combination"
+            if config.lora_bias and not plain
+            else None
+        )
+        if lost is not None:
+            raise UnsupportedOperation(
+                f"{', '.join(adapters)} cannot be combined: adapter {name!r} cannot be part of a sum, since {lost}; merge each "
+                "of them with qft.merge_to_float instead"
+            )
+
+
+@torch.no_grad()
+def _combine_biases(layer: Any, share: dict[str, float], adapter_name: str) -> None:
+    """Set the bias of a combined adapter to the weighted sum of the biases of its parts."""
+    target = layer.lora_B[adapter_name] if adapter_name in layer.lora_B else None
+    bias = getattr(target, "bias", None)
+    if not isinstance(bias, torch.Tensor):
+        return
+    bias.zero_()
+    for name, weight in share.items():
+        part = layer.lora_B[name].bias if name in layer.lora_B else None
+        if isinstance(part, torch.Tensor):
+            bias += weight * layer.scaling[name] * part.to(bias)
 
 
 @contextmanager
@@ -377,6 +425,52 @@ def check_saved_modules(model: nn.Module, config: LoraConfig, targets: Iterable[
                 f"modules_to_save={sorted(saved)} would train {hit} whole, and its weights are quantized: leave it in "
                 "float with skip=, or target it with the adapter"
             )
+
+
+def check_tokens(model: nn.Module, config: Any) -> None:
+    """Refuse, before anything changes, `trainable_token_indices` that do not fit the model.
+
+    Raises:
+        BadOption: an index that is not a token of the embedding, or one that is given twice.
+        UnsupportedOperation: another adapter on a layer that shares its weight with this embedding.
+    """
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    by_name = wanted if isinstance(wanted, dict) else {"": wanted}
+    for name, indices in by_name.items():
+        found = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}")] if name else [embedding]
+        for module in found:
+            rows = getattr(getattr(module, "weight", None), "shape", (0,))[0]
+            _check_indices(indices, rows)
+    taken = set(config.modules_to_save or ()) if getattr(config, "modules_to_save", None) else set()
+    for name in {name.rpartition(".")[0] for pair in tied_pairs(model) for name in pair}:
+        module = _submodule(model, name)
+        if module is None or module is embedding:
+            continue
+        if name.rpartition(".")[2] in taken or _is_target(config, name):
+            raise UnsupportedOperation(
+                f"{name} shares its weight with the embedding, whose tokens are trained by trainable_token_indices: put no "
+                f"other adapter on {name}, or train the embedding with target_modules or modules_to_save instead"
+            )
+
+
+def _check_indices(indices: Any, rows: int) -> None:
+    whole = isinstance(indices, Iterable) and not isinstance(indices, str | dict)
+    found = list(indices) if whole else []
+    wrong = [i for i in found if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < rows]
+    if not whole or wrong:
+        said = f"{wrong[0]!r} is not a token" if wrong else f"{indices!r} is not a list of token ids"
+        raise BadOption(f"trainable_token_indices: {said}; the embedding has tokens 0 to {rows - 1}")
+    if len(set(found)) < len(found):
+        twice = next(i for i in found if found.count(i) > 1)
+        raise BadOption(f"trainable_token_indices holds token {twice} more than once")
+
+
+def _is_target(config: Any, name: str) -> bool:
+    hit = check_target_module_exists(config, name) if getattr(config, "target_modules", None) else False
+    return bool(hit) and type(hit).__name__ != "_ExcludedModule"
 
 
 def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from qft.errors import BadOption, UnsupportedOperation
 from qft.guard import as_it_was
+from qft.lora.exact import merge_exactly
 from qft.lora.layer import DequantizedForward
 from qft.lora.model import _quantized, all_or_nothing, check_saved_modules, warn_of_loss
 from qft.lora.view import LinearView, shown_as_linears, take_off
@@ -27,6 +28,7 @@ from qft.marks import record_of
 from qft.quantizer import Quantizer
 from qft.quiet import quiet_imports
 from qft.selection import linear_targets
+from qft.ties import check_parting, settle_tie
 
 BESIDE = frozenset(
     "CARTRIDGE CPT LN_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING PROMPT_TUNING TRAINABLE_TOKENS".split()
@@ -106,6 +108,7 @@ class OverQuantized(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         for layer in _view_layers(model):
             allow_merging(layer)
+        merge_exactly(model)
         DequantizedForward.take_off(model)
         if not native:
             DequantizedForward.put_on(model)
@@ -128,6 +131,7 @@ class OverQuantized(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self.check_merge(adapter_names)
+        merge_exactly(self.model)
         with all_or_nothing(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -137,6 +141,8 @@ class OverQuantized(BaseTuner):
     ) -> nn.Module:  # fmt: skip
         if merge:
             self.check_merge(adapter_names)
+            check_parting(self.model)
+            merge_exactly(self.model)
         layers = _view_layers(self.model)
         with as_it_was(self.model), all_or_nothing(self.model), _without_marks(self.model):
             model = super()._unload_and_optionally_merge(
@@ -145,6 +151,8 @@ class OverQuantized(BaseTuner):
             take_off(model)
         DequantizedForward.take_off(model)
         record = record_of(self.model)
+        if record is not None and merge:
+            settle_tie(model)
         merges = [m.last_merge for m in layers if m.merged and m.last_merge is not None]
         if record is not None and merges:
             record.base_changed = record.merged = True

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from qft.errors import NonFiniteWeights, UnsupportedOperation
 from qft.guard import brief
-from qft.lora.merges import WeightMerge, compare_merge
+from qft.kept import KeptParameter, give_back, give_own, keep
+from qft.lora.merges import WeightMerge, compare_merge, refuse_training
 from qft.lora.view import LinearView
 
 
@@ -34,7 +35,7 @@ class ViewMerging:
     """
 
     last_merge: WeightMerge | None = None
-    _unmerged: tuple[Any, Tensor | None] | None = None
+    _unmerged: tuple[Any, KeptParameter | None] | None = None
 
     def check_merge(self, names: list[str]) -> None:
         """Raise what `merge` would raise, without changing anything.
@@ -82,10 +83,10 @@ class ViewMerging:
         before, wanted, bias = merged_by_peft(self, names)
         self._check_bias(bias)
         old = handle.bias
-        self._unmerged = (quantizer.snapshot(handle), None if old is None else old.detach().clone())
+        self._unmerged = (quantizer.snapshot(handle), None if old is None else keep(old))
         quantizer.requantize(handle, wanted)
         if old is not None and bias is not None:
-            old.data = bias.to(old)
+            give_own(handle.module, "bias", bias)
         self.merged_adapters = list(names)
         after = quantizer.dequantize(handle, dtype=torch.float32)
         if not after.isfinite().all():
@@ -102,8 +103,7 @@ class ViewMerging:
             view = self.get_base_layer()
             view.quantizer.restore(view.handle, saved)
             if bias is not None:
-                old = view.handle.bias
-                old.data = bias.to(old.device, copy=True)
+                give_back(view.handle.module, "bias", bias)
             self._unmerged = None
         self.merged_adapters = []
 
@@ -121,6 +121,11 @@ class ViewMerging:
                 "this adapter adds a bias and the layer has none to merge it into: a merged model would have parameters "
                 "that its config does not know"
             )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.merged and not self.disable_adapters:
+            refuse_training(self)
+        return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty, (type(self).__mro__[2],), self.__dict__
