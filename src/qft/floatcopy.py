@@ -351,7 +351,7 @@ def _clean(plain: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if "require_grads" in getattr(hook, "__qualname__", "") or type(hook).__module__.startswith("qft."):
                 del module._forward_hooks[key]
-        for name in ("_require_grads_hook", "_require_grads_hooks"):
+        for name in ("_require_grads_hook", "_require_grads_hooks", "enable_input_require_grads"):
             module.__dict__.pop(name, None)
     if any(getattr(module, "gradient_checkpointing", False) for module in plain.modules()):
         disable = getattr(plain, "activation_checkpointing_disable", None) or plain.gradient_checkpointing_disable

@@ -50,6 +50,8 @@ def prepare_model_for_kbit_training(
         _upcast_norms(model)
     if upcast != "none" and auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if hasattr(model, "enable_input_require_grads"):
+        EnableInputs(model).put_on()
     if use_gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False):
         kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
         # transformers renamed it
@@ -58,6 +60,54 @@ def prepare_model_for_kbit_training(
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
     return model
+
+
+class EnableInputs:
+    """In place of a model's `enable_input_require_grads`, which trainers and PEFT call, too.
+
+    transformers registers a local function, which cannot be pickled, and which fails where the embeddings return a tuple,
+    as those of many vision models do.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def put_on(self) -> None:
+        self.model.__dict__["enable_input_require_grads"] = self
+
+    def __call__(self) -> None:
+        """Have the output of every input embedding require gradients, once."""
+        model = self.model
+        handles, seen = [], set()
+        for module in model.modules():
+            embeddings = _input_embeddings(module)
+            if embeddings is None or id(embeddings) in seen:
+                continue
+            seen.add(id(embeddings))
+            if not any(isinstance(hook, _RequireGrads) for hook in embeddings._forward_hooks.values()):
+                handles.append(embeddings.register_forward_hook(_RequireGrads()))
+        if handles:
+            model._require_grads_hooks, model._require_grads_hook = handles, handles[0]
+
+
+def _input_embeddings(module: nn.Module) -> nn.Module | None:
+    if not hasattr(module, "get_input_embeddings"):
+        return None
+    try:
+        found = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+class _RequireGrads:
+    """A forward hook on embeddings; a class, so that models with it can be pickled."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        parts = output if isinstance(output, tuple | list) else (output,)
+        for part in parts:
+            if isinstance(part, Tensor) and part.is_leaf and part.is_floating_point() and not part.is_inference():
+                part.requires_grad_(True)
 
 
 def _upcast_all(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from qft import hf, marks
 from qft.backends.unquantized import is_float_linear
+from qft.codes import codes_difference, codes_fingerprint
 from qft.devices import check_device, default_device, place
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
 from qft.experts import fused_weight
@@ -25,8 +26,10 @@ from qft.hf import bare_layers, bare_state_dict, weight_conversions
 from qft.loading import check_tensors, load_quantized
 from qft.lora.exact import merge_exactly
 from qft.lora.layer import DequantizedForward
+from qft.lora.merges import Merging
 from qft.lora.model import KEPT_INITS
 from qft.lora.tuners import check_method
+from qft.noted import REWRITTEN
 from qft.packed import TensorQuantizer
 from qft.pipeline import is_lora
 from qft.quantizer import Quantizer, code_options, float_weight
@@ -34,6 +37,9 @@ from qft.quantizing import quantize_as
 from qft.registry import Spec, get_quantizer, quantizer_of
 from qft.saving import as_path, read_note
 from qft.starts import put_starts, read_starts
+
+SAME_CODES = 1e-3
+"""Relative difference below which two bases hold the same codes: devices round differently."""
 
 
 def load(folder: str | os.PathLike[str], base: Any = None, *, is_trainable: bool = False, **kwargs: Any) -> nn.Module:
@@ -73,7 +79,7 @@ def load_adapter(
     if hasattr(base, "peft_config"):
         raise BadOption("the base has adapters already: model.load_adapter(folder, name) adds another")
     if is_lora(config):
-        if config.init_lora_weights not in KEPT_INITS:
+        if config.init_lora_weights not in (*KEPT_INITS, REWRITTEN):
             raise UnsupportedOperation(
                 f"this adapter was started with init_lora_weights={config.init_lora_weights!r}, which rewrote its base: "
                 "over any other base it is wrong; save it as a plain LoRA adapter with PEFT's "
@@ -93,6 +99,7 @@ def load_adapter(
         raise BadOption("the base is a float model and the folder does not say how to quantize it: quantize it first")
     if note is not None:
         check_origin(note, record)
+        check_codes(folder, note, model, record)
     if not is_lora(config):
         check_method(config, record.quantizers.values())
     before, record.forward = record.forward, (note or {}).get("forward", record.forward)
@@ -111,7 +118,50 @@ def load_adapter(
         raise
     if note is not None:
         record.init = note.get("init")
+        if note["base_changed"] and not note["base_merged"]:
+            _mark_residuals(peft_model)
     return peft_model
+
+
+def _mark_residuals(model: nn.Module, adapter: str = "default") -> None:
+    """Note on each layer that its base weight is a residual without the adapter that was loaded."""
+    for module in marks.base_model(model).modules():
+        if isinstance(module, Merging) and adapter in module.starts:
+            module.rewritten_by = adapter
+
+
+def check_codes(folder: Path, note: dict[str, Any], model: nn.Module, record: marks.Record) -> None:
+    """Compare the codes of the base that an adapter was trained over with those of the base that it is loaded over.
+
+    Raises:
+        AdapterMismatch: one of the two was rewritten by an init or by a merge, and the other was not, or otherwise.
+
+    Warns:
+        QftWarning: other codes of the same weights, with the measured difference.
+    """
+    stored = (folder / "base").is_dir()
+    if note["base_changed"] and not record.base_changed and stored:
+        return  # the stored base is put over this one
+    difference = codes_difference(note["codes"], codes_fingerprint(marks.base_model(model))) if note["codes"] else 0.0
+    same = bool(note["codes"]) and difference < SAME_CODES
+    if same or (not note["codes"] and note["base_changed"] == record.base_changed):
+        return
+    if note["base_changed"] != record.base_changed or note["base_merged"] != record.merged:
+        what = (
+            "has another adapter merged into it" if note["base_merged"] or record.merged else "was rewritten by an init"
+        )
+        whose = "the base that this adapter was trained over" if note["base_changed"] else "this base"
+        raise AdapterMismatch(
+            f"{whose} {what}, and {'this base' if note['base_changed'] else 'the one it was trained over'} is not the same "
+            f"(the weights differ by {difference:.1%}): give that base, or save it with the adapter by qft.save"
+        )
+    if not same:
+        warnings.warn(
+            f"this adapter was trained over other codes of the same weights, which differ by {difference:.1%}: outputs will "
+            "differ; qft.save(model, folder, base=True) stores the base with its adapter",
+            QftWarning,
+            stacklevel=5,
+        )
 
 
 def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: dict[str, Any]) -> None:
@@ -120,6 +170,11 @@ def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: d
     if not is_lora(config):
         check_method(config, quantizers.values())
     check_float_origin(note, base)
+    if note["base_changed"] and not (folder / "base").is_dir():
+        raise AdapterMismatch(
+            f"the base of this adapter was rewritten by {note['init'] or 'a merge'}, and {folder} does not store it: load the "
+            "adapter over that base, or save both with qft.save"
+        )
     rehearse_load(base, config, adapter_shapes(folder))
     if note["base_changed"]:
         check_stored_base(folder / "base", base, quantizers)

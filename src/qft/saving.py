@@ -18,9 +18,8 @@ from torch import nn
 from qft import marks
 from qft.errors import BadFolder, BadOption, QftError, UnsupportedOperation
 from qft.hf import bare_state_dict
+from qft.noted import NOTE, mark_rewritten, note_of
 from qft.starts import save_starts
-
-NOTE = "qft.json"
 
 
 @contextmanager
@@ -122,29 +121,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, base: bool = False
         save_starts(model, partial, as_path(folder))
         if record is not None:
             stores_base = base or record.base_changed
-            (partial / NOTE).write_text(json.dumps(_note(record, stores_base), indent=1))
+            note = note_of(record, marks.base_model(model), stores_base)
+            (partial / NOTE).write_text(json.dumps(note, indent=1))
             if stores_base:
                 _save_base(model, partial / "base", record)
-
-
-def _note(record: marks.Record, stores_base: bool) -> dict[str, Any]:
-    import qft
-
-    quantizers = list(dict.fromkeys(record.quantizers.values()))
-    return {
-        "format": 1,
-        "qft": qft.__version__,
-        "quantizers": [q.to_dict() for q in quantizers],
-        "layers": {n: quantizers.index(q) for n, q in record.quantizers.items()},
-        "init": record.init,
-        "forward": record.forward,
-        "base_stored": stores_base,
-        "base_changed": record.base_changed,
-        "base_merged": record.merged,
-        "fingerprint": {
-            n: [list(shape), [float(f"{v:.6g}") for v in values]] for n, (shape, values) in record.fingerprint.items()
-        },
-    }
+                if (partial / "adapter_config.json").is_file():
+                    mark_rewritten(partial, False)
 
 
 def read_note(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -164,6 +146,7 @@ def read_note(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         names = [q["name"] for q in note["quantizers"]]
         note["layers"] = {str(n): range(len(names))[i] for n, i in note["layers"].items()}
         note.setdefault("base_merged", False)
+        note["codes"] = {str(n): [float(x) for x in v] for n, v in note.get("codes", {}).items()}
         for flag in ("base_stored", "base_changed", "base_merged"):
             if not isinstance(note[flag], bool):
                 raise TypeError(f"{flag} is {note[flag]!r}")

@@ -152,6 +152,7 @@ class BitsAndBytes4bit(_BitsAndBytes):
         # merge and save read as garbage.
         module.support_avx512bf16_for_cpu = False
         _guard(module)
+        _load_scales_too(module)
         if getattr(_state(module), "packing_format_for_cpu", False):
             _undo_cpu_packing(module)
 
@@ -183,6 +184,7 @@ class BitsAndBytes4bit(_BitsAndBytes):
         )
         layer.quant_state = state
         _guard(layer)
+        _load_scales_too(layer)
         return layer
 
     def _quantize(self, weight: Tensor) -> tuple[Tensor, Any]:
@@ -476,6 +478,32 @@ def _guard(module: nn.Module) -> None:
     float_codes = module.weight.dtype.is_floating_point
     if (float_codes or _misfit(_state(module))) and type(module).__name__ == "Linear4bit":
         module.__class__ = guarded_linear4bit()
+
+
+def _load_scales_too(module: nn.Module) -> None:
+    if not any(isinstance(getattr(h, "hook", h), _LoadScales) for h in module._load_state_dict_pre_hooks.values()):
+        module.register_load_state_dict_pre_hook(_LoadScales())
+
+
+class _LoadScales:
+    """A hook of `load_state_dict`: bitsandbytes' 4-bit layer takes over the codes alone and keeps its old scales."""
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        codes, errors = state.get(f"{prefix}weight"), args[-1]
+        scales = {k: state.pop(k) for k in list(state) if k.startswith(f"{prefix}weight.")}
+        if codes is None or codes.shape != module.weight.shape or codes.dtype != module.weight.dtype:
+            return  # torch says what differs; the layer is left alone
+        if not scales and torch.equal(codes.to(module.weight.device), module.weight):
+            return
+        if not scales:
+            errors.append(
+                f"{prefix}weight holds 4-bit codes without their scales: load the state dict of a quantized model"
+            )
+            return
+        quantizer = BitsAndBytes4bit.recognise(module)
+        assert quantizer is not None
+        own = {k.removeprefix(prefix): v for k, v in scales.items()}
+        quantizer.load_state(quantizer.weights(module)[0], {"weight": codes, **own})
 
 
 @lru_cache

@@ -254,6 +254,8 @@ class InitRun:
             for target, value in ((module.lora_A, a), (module.lora_B, b)):
                 target[adapter_name].weight.data.copy_(value)
             module.starts[adapter_name] = (a, b)
+            if self.base_changed:
+                module.rewritten_by = adapter_name
             if adapter_name in module.lora_variant:  # DoRA: the magnitude is that of the weight it starts from
                 delta = (b @ a) * module.scaling[adapter_name]
                 start = module.quantizer.dequantize(module.handle, dtype=torch.float32)

@@ -131,6 +131,8 @@ class QftLinear(Sourced, Merging, Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
+        if self.rewritten_by is not None:
+            self._check_rewritten(adapter_names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -153,6 +155,15 @@ class QftLinear(Sourced, Merging, Linear):
             else:
                 result = result + self._plain(name, x).to(result.dtype)
         return self._base(x, updates) if result is None else result
+
+    def _check_rewritten(self, adapter_names: list[str] | None) -> None:
+        if self.disable_adapters:
+            self.check_complete(())
+        elif adapter_names is not None:
+            for name in set(adapter_names):
+                self.check_complete((name,), "left out of a batch")
+        else:
+            self.check_complete(self.merged_adapters or self.active_adapters)
 
     def _update(self, name: str, x: Tensor) -> Update:
         dropout = self.lora_dropout[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,15 @@ def refuse_training(layer: Any) -> None:
             )
 
 
+def residual_error(adapter: str, what: str) -> str:
+    """Why an adapter cannot be taken away from a base that its init rewrote."""
+    return (
+        f"the init of adapter {adapter!r} put a part of the weights into the adapter, so the base without it is a residual and "
+        f"not the quantized model: it cannot be {what}. For a reference model, quantize the original again without an init, "
+        "or start with init='loftq' or 'qera', which leave the base alone"
+    )
+
+
 class Merging:
     """The merging half of the layers with adapters.
 
@@ -54,10 +64,12 @@ class Merging:
         from_original: what is merged was merged over the original weight W, not over Ŵ.
         starts: adapter → (A, B) that its init put there, float32 on the host; None where that is not known; absent
             where B was 0, and where nobody told.
+        rewritten_by: the adapter whose init rewrote the base weight, which is a residual without it.
     """
 
     last_merge: WeightMerge | None
     from_original: bool
+    rewritten_by: str | None = None
     starts: dict[str, tuple[Tensor, Tensor] | None]
     _saved: tuple[Any, KeptParameter | None] | None
 
@@ -135,6 +147,11 @@ class Merging:
         if bias is not None and not bias.isfinite().all():
             raise NonFiniteWeights("an adapter's bias holds NaN or infinity: nothing was merged")
         return bias
+
+    def check_complete(self, active: Iterable[str], what: str = "switched off") -> None:
+        """Raise `UnsupportedOperation` where the adapter whose init rewrote the base is not among `active`."""
+        if self.rewritten_by is not None and self.rewritten_by not in active:
+            raise UnsupportedOperation(residual_error(self.rewritten_by, what))
 
     def check_merge(self, adapter_names: list[str]) -> None:
         """Raise what `merge` would raise, without changing anything."""

@@ -25,8 +25,9 @@ from qft.guard import as_it_was
 from qft.lora.exact import merge_exactly
 from qft.lora.experts import QftExperts, adaptable, chain, matches
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
-from qft.lora.merges import Merging
+from qft.lora.merges import Merging, residual_error
 from qft.marks import record_of
+from qft.noted import noted
 from qft.quiet import quiet_imports
 from qft.registry import quantizer_of
 from qft.selection import linear_targets
@@ -54,6 +55,31 @@ _ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Multi
 class QftLoraModel(LoraModel):
     """`LoraModel` that builds `QftLinear` on models quantized by qft, and PEFT's layers on all others."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        note_configs(self)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT leaves its hooks on the layers where the forward pass raises, and the next call takes them for its own."""
+        before = {m: set(m._forward_pre_hooks) for m in self.modules()} if kwargs.get("adapter_names") else {}
+        try:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+        finally:
+            for module, keys in before.items():
+                for key in set(module._forward_pre_hooks) - keys:
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    def disable_adapter_layers(self) -> None:
+        check_residual(self.model, "switched off")
+        super().disable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        check_residual(self.model, "deleted", adapter_name)
+        super().delete_adapter(adapter_name)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         record = record_of(model)
         if record is not None:
@@ -67,6 +93,7 @@ class QftLoraModel(LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         if record is not None:
             merge_exactly(model)
+            self.peft_config[adapter_name] = noted(self.peft_config[adapter_name], self.model)
             DequantizedForward.take_off(model)
             if record.forward == "dequantize":
                 DequantizedForward.put_on(model)
@@ -179,6 +206,8 @@ class QftLoraModel(LoraModel):
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         record = record_of(self.model)
+        if not merge:
+            check_residual(self.model, "unloaded")
         if record is not None and merge:
             self._check_all(adapter_names)
             check_parting(self.model)
@@ -215,6 +244,26 @@ class QftLoraModel(LoraModel):
             if isinstance(module, Merging):
                 names = adapter_names if adapter_names is not None else module.active_adapters
                 module.check_merge([n for n in names if n in module.lora_A])
+
+
+def note_configs(tuner: Any) -> None:
+    """Have the configs of a tuner over a quantized model note its base, after they were copied or unpickled."""
+    model = tuner._modules.get("model")
+    if model is not None and model.__dict__.get("_qft") is not None:
+        for name, config in list(tuner.peft_config.items()):
+            tuner.peft_config[name] = noted(config, model)
+
+
+def check_residual(model: nn.Module, what: str, adapter: str | None = None) -> None:
+    """Refuse to take an adapter away whose start is a part of the base: what is left is a residual.
+
+    Raises:
+        UnsupportedOperation: the init of an adapter (PiSSA, OLoRA, LoftQ of several steps) rewrote the base.
+    """
+    for module in model.modules():
+        needed = getattr(module, "rewritten_by", None) if isinstance(module, Merging) else None
+        if needed and (adapter is None or adapter == needed):
+            raise UnsupportedOperation(residual_error(needed, what))
 
 
 def _check_combination(adapters: list[str], configs: list[Any], combination_type: str) -> None:

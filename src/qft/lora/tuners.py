@@ -21,10 +21,11 @@ from qft.errors import BadOption, UnsupportedOperation
 from qft.guard import as_it_was
 from qft.lora.exact import merge_exactly
 from qft.lora.layer import DequantizedForward
-from qft.lora.model import _quantized, all_or_nothing, check_saved_modules, warn_of_loss
+from qft.lora.model import _quantized, all_or_nothing, check_saved_modules, note_configs, warn_of_loss
 from qft.lora.view import LinearView, shown_as_linears, take_off
 from qft.lora.view_merging import allow_merging, available, is_over_view
 from qft.marks import record_of
+from qft.noted import noted
 from qft.quantizer import Quantizer
 from qft.quiet import quiet_imports
 from qft.selection import linear_targets
@@ -87,6 +88,10 @@ class OverQuantized(BaseTuner):
             check_method(config, record.quantizers.values(), getattr(model, "is_gradient_checkpointing", False))
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        note_configs(self)
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         record = record_of(model)
         if record is None:
@@ -109,6 +114,7 @@ class OverQuantized(BaseTuner):
         for layer in _view_layers(model):
             allow_merging(layer)
         merge_exactly(model)
+        self.peft_config[adapter_name] = noted(self.peft_config[adapter_name], model)
         DequantizedForward.take_off(model)
         if not native:
             DequantizedForward.put_on(model)

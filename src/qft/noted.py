@@ -1,0 +1,117 @@
+"""What `qft.json` says of an adapter and its base, and how it comes into every folder that an adapter is saved in.
+
+PEFT, trainers and the hub save adapters through `PeftModel.save_pretrained`, which has the adapter's config write itself.
+On models that qft quantized, the config writes `qft.json` next to its own file.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+
+from qft import marks
+from qft.codes import codes_fingerprint
+
+NOTE = "qft.json"
+REWRITTEN = "of a rewritten base that is not stored here (see qft.json)"
+"""As `init_lora_weights` of an adapter whose base is neither q(W) nor stored with it: PEFT does not load it over another."""
+
+
+def note_of(record: marks.Record, base: nn.Module | None, stores_base: bool) -> dict[str, Any]:
+    """The content of `qft.json`, as JSON values.
+
+    Args:
+        record: what qft notes on the base.
+        base: the base model, for the fingerprint of its codes; None leaves it out.
+        stores_base: the base is stored in the same folder.
+    """
+    from qft import __version__
+
+    quantizers = list(dict.fromkeys(record.quantizers.values()))
+    return {
+        "format": 1,
+        "qft": __version__,
+        "quantizers": [q.to_dict() for q in quantizers],
+        "layers": {n: quantizers.index(q) for n, q in record.quantizers.items()},
+        "init": record.init,
+        "forward": record.forward,
+        "base_stored": stores_base,
+        "base_changed": record.base_changed,
+        "base_merged": record.merged,
+        "fingerprint": {
+            n: [list(shape), [float(f"{v:.6g}") for v in values]] for n, (shape, values) in record.fingerprint.items()
+        },
+        "codes": {} if base is None else codes_fingerprint(base),
+    }
+
+
+class Noted:
+    """Mixed into the class of an adapter's config: `save_pretrained` also writes `qft.json`."""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config and, where the base is known, `qft.json`; see `peft.PeftConfig.save_pretrained`."""
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        base = self.__dict__.get("_qft_base", _none)()
+        record = None if base is None else base.__dict__.get("_qft")
+        if record is None:
+            return
+        folder = Path(save_directory)
+        (folder / NOTE).write_text(json.dumps(note_of(record, base, stores_base=False), indent=1))
+        if record.base_changed:
+            mark_rewritten(folder, True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = {k: v for k, v in self.__dict__.items() if k != "_qft_base"}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        base = self.__dict__.get("_qft_base", _none)()
+        here = memo.get(id(base), base)  # a copy of the model has a base of its own
+        if here is not None:
+            twin.__dict__["_qft_base"] = weakref.ref(here)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _plain, (type(self).__mro__[2], {k: v for k, v in self.__dict__.items() if k != "_qft_base"})
+
+
+def noted(config: PeftConfig, base: nn.Module) -> PeftConfig:
+    """A copy of an adapter's config that writes what qft notes on `base` wherever it is saved."""
+    cls = type(config)
+    if not isinstance(config, Noted):
+        if cls not in _CLASSES:
+            _CLASSES[cls] = type(cls.__name__, (Noted, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        cls = _CLASSES[cls]
+    twin = cls.__new__(cls)
+    twin.__dict__.update(config.__dict__)
+    twin.__dict__["_qft_base"] = weakref.ref(base)
+    return twin
+
+
+def mark_rewritten(folder: Path, rewritten: bool) -> None:
+    """Have the adapter's config in a folder say whether its base is rewritten and stored elsewhere."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    if "init_lora_weights" in config:
+        config["init_lora_weights"] = REWRITTEN if rewritten else True
+        path.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _plain(cls: type, state: dict[str, Any]) -> Any:
+    """A config of PEFT's own class, for `pickle`; `QftLoraModel` has it noted again."""
+    made = cls.__new__(cls)
+    made.__dict__.update(state)
+    return made
+
+
+def _none() -> None:
+    return None

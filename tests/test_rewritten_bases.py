@@ -1,0 +1,178 @@
+"""Adapters whose init rewrote the base: every folder says so, and the base without its adapter is never used in silence."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from helpers import refuses
+from models import batch, llama, logits, relative
+from peft import LoraConfig, PeftModel
+from transformers import Trainer, TrainingArguments
+
+import qft
+from qft.errors import AdapterMismatch, BadOption, UnsupportedOperation
+
+INITS = {"pissa": "pissa", "olora": "olora", "loftq": qft.LoftQ(steps=3)}
+SPECS = ["nf4", "reference", "hqq:group_size=32"]
+
+
+def config():
+    return LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+
+
+def wrapped(init="pissa", spec="reference"):
+    init = INITS.get(init, init)
+    return qft.quantize_and_wrap(llama(), spec, adapter=config(), init=init, progress=False).eval()
+
+
+def tuned(init="pissa", spec="reference"):
+    model = wrapped(init, spec)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+def by_peft(model, folder):
+    model.save_pretrained(folder)
+
+
+def by_trainer(model, folder):
+    args = TrainingArguments(str(folder / "run"), report_to=[], use_cpu=True)
+    Trainer(model, args).save_model(str(folder))
+
+
+def by_checkpoint(model, folder):
+    rows = [{"input_ids": list(range(8)), "labels": list(range(8))}] * 2
+    args = TrainingArguments(str(folder), max_steps=1, save_steps=1, learning_rate=0.0, report_to=[], use_cpu=True)
+    Trainer(model, args, train_dataset=rows).train()
+    model.eval()
+    return folder / "checkpoint-1"
+
+
+SAVERS = [by_peft, by_trainer, by_checkpoint]
+
+
+@pytest.mark.parametrize("save", SAVERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("init", INITS)
+def test_whoever_saves_says_that_the_base_was_rewritten(tmp_path, init, save):
+    model = tuned(init)
+    expected = logits(model)
+    folder = save(model, tmp_path) or tmp_path
+    note = json.loads((folder / "qft.json").read_text())
+    assert note["base_changed"] and not note["base_stored"]
+    base = qft.quantize(llama(), "reference", progress=False)
+    for over in (base, llama()):
+        with refuses(AdapterMismatch, "rewritten", "qft.save", model=over):
+            qft.load(folder, base=over)
+    with pytest.raises(Exception, match=r"rewritten base|rewrites the float base"):
+        PeftModel.from_pretrained(qft.quantize(llama(), "reference", progress=False), str(folder))
+    same = copy.deepcopy(model)
+    same.load_adapter(str(folder), "default", is_trainable=False)
+    assert torch.equal(logits(same), expected)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_saved_with_its_base_it_loads_as_ever(tmp_path, spec):
+    model = tuned("pissa", spec)
+    expected = logits(model)
+    by_peft(model, tmp_path)
+    qft.save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"] is True
+    for base in (None, llama(), qft.quantize(llama(), spec, progress=False)):
+        assert torch.equal(logits(qft.load(tmp_path, base=base).eval()), expected)
+    assert not list(tmp_path.glob("*/qft.json"))
+
+
+def test_a_plain_adapter_says_its_base_too(tmp_path):
+    model = tuned(None, "nf4")
+    expected = logits(model)
+    by_peft(model, tmp_path)
+    assert not json.loads((tmp_path / "qft.json").read_text())["base_changed"]
+    assert torch.equal(logits(qft.load(tmp_path, base=llama())), expected)
+    plain = PeftModel.from_pretrained(qft.quantize(llama(), "nf4", progress=False), str(tmp_path)).eval()
+    assert torch.equal(logits(plain), expected)
+    with refuses(AdapterMismatch, "original weights"):
+        qft.load(tmp_path, base=llama(seed=1))
+
+
+def test_copies_and_pickled_models_say_it_too(tmp_path):
+    model = tuned()
+    for i, twin in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        expected = logits(twin)
+        del model.peft_config["default"].__dict__["_qft_base"]
+        by_peft(twin, tmp_path / str(i))
+        assert json.loads((tmp_path / str(i) / "qft.json").read_text())["base_changed"]
+        assert torch.equal(logits(twin), expected)
+        model = tuned()
+    given = config()
+    qft.quantize_and_wrap(llama(), "reference", adapter=given, init="pissa", progress=False)
+    assert type(given) is LoraConfig and "_qft_base" not in given.__dict__
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_the_residual_is_not_used_without_its_adapter(init):
+    model = wrapped(init)
+    expected = logits(model)
+    with pytest.raises(UnsupportedOperation, match="residual"), model.disable_adapter():
+        logits(model)
+    assert torch.equal(logits(model), expected)
+    for away in (model.unload, lambda: model.delete_adapter("default"), model.base_model.disable_adapter_layers):
+        with refuses(UnsupportedOperation, "residual", model=model):
+            away()
+    model.add_adapter("second", config())
+    model.set_adapter("second")
+    with pytest.raises(UnsupportedOperation, match="residual"):
+        logits(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(UnsupportedOperation, match="residual"):
+        model(input_ids=batch(0, (2, 4)), adapter_names=["default", "__base__"])
+    model.delete_adapter("second")  # the active adapter stays
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_loaded_residual_is_guarded_too(tmp_path, stored):
+    model = tuned()
+    qft.save(model, tmp_path)
+    again = qft.load(tmp_path, base=None if stored else llama())
+    with pytest.raises(UnsupportedOperation, match="residual"), again.disable_adapter():
+        logits(again)
+
+
+def test_inits_that_leave_the_base_alone_can_be_switched_off():
+    base = logits(qft.quantize(llama(), "reference", progress=False))
+    for init in ("loftq", "qera", None):
+        options = {"calibration": [batch(0, (4, 16))]} if init == "qera" else {}
+        model = qft.quantize_and_wrap(
+            llama(), "reference", adapter=config(), init=init, progress=False, **options
+        ).eval()
+        with model.disable_adapter():
+            assert torch.equal(logits(model), base)
+        assert relative(logits(model.unload()), base) == 0
+
+
+def test_merging_a_rewritten_base_is_right():
+    model = tuned()
+    expected = logits(model)
+    plain = qft.merge_to_float(model)
+    assert relative(logits(plain), expected) < 1e-5
+    qft.merge(model)
+    qft.unmerge(model)
+    assert torch.equal(logits(model), expected)
+    with pytest.warns(qft.QftWarning, match="survived"):
+        assert logits(model.merge_and_unload()).isfinite().all()
+
+
+def test_an_unknown_init_is_still_refused(tmp_path):
+    model = tuned(None)
+    by_peft(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
+    with pytest.raises((UnsupportedOperation, BadOption), match="rewrote"):
+        qft.load(tmp_path, base=llama())
