@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qft.errors import BadOption, NeedsCalibration
+from qft.tokens import Tokens
 
 Batch = dict[str, Any]
 
@@ -98,14 +99,17 @@ def _items(calibration: Calibration) -> Iterator[tuple[Batch, bool]]:
 
 def _windows(data: Iterable[Any], calibration: Calibration) -> Iterator[tuple[Batch, bool]]:
     pending: list[int] = []  # tokens of texts, not yet a window
-    cut = 0
+    cut = count = 0
+    tokens: Tokens | None = None
     for item in data:
         texts = _texts(item)
         if texts is None:
             yield _as_batch(item)
             continue
         for text in texts:
-            pending += _tokens(text, calibration.tokenizer)
+            count += 1
+            tokens = tokens or _tokenizer(calibration.tokenizer)
+            pending += _tokens(text, tokens, f"text {count} of the calibration data")
             while len(pending) >= calibration.length:
                 yield {"input_ids": torch.tensor(pending[: calibration.length])}, True
                 del pending[: calibration.length]
@@ -140,16 +144,20 @@ def _all(value: Any, kind: type) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, kind) for v in value)
 
 
-def _tokens(text: str, tokenizer: Any) -> list[int]:
+def _tokenizer(tokenizer: Any) -> Tokens:
     if tokenizer is None:
         raise BadOption("the calibration data is texts: pass tokenizer= too")
     if not callable(tokenizer):
         raise BadOption(f"tokenizer={tokenizer!r:.100} cannot be called: pass the tokenizer itself")
+    return Tokens(tokenizer)
+
+
+def _tokens(text: str, tokens: Tokens, where: str) -> list[int]:
     if not text.strip():
         return []
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    end = getattr(tokenizer, "eos_token_id", None)
-    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+    ids = tokens(text, where=where, verbose=False)
+    end = getattr(tokens.tokenizer, "eos_token_id", None)
+    return ids if end is None or tokens.ends(ids) else [*ids, end]
 
 
 def _as_batch(item: Any) -> tuple[Batch, bool]:

@@ -230,7 +230,7 @@ def _prepare(config: Any, asked: dict[str, Any]) -> Any:
 
 
 def _check_task(train: Any, config: Any) -> None:
-    from qft.training.encoding import recognise
+    from qft.training.columns import recognise
 
     task, _ = recognise(train.columns, read_config(check_model_path(config.model), {}), config)
     if task != "causal-lm":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -18,9 +19,11 @@ from qft.loading import read_config
 from qft.paths import check_model_path
 from qft.rows import Rows
 from qft.saying import first_sentence
-from qft.training import checks, encoding
+from qft.training import checks, columns, encoding
 from qft.training.config import TrainConfig
 from qft.training.data import held_out, read_data
+
+log = logging.getLogger("qft.training")
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -80,8 +83,8 @@ def prepare(config: TrainConfig) -> Prepared:
     if valid is None:
         train, valid = held_out(train, config.eval_share, config.seed)
     model_config = read_config(config.model, {})
-    task, form = encoding.recognise(train.columns, model_config, config)
-    if valid is not None and encoding.recognise(valid.columns, model_config, config) != (task, form):
+    task, form = columns.recognise(train.columns, model_config, config)
+    if valid is not None and columns.recognise(valid.columns, model_config, config) != (task, form):
         raise BadOption(f"{valid.source} has other columns than {train.source}: {', '.join(valid.columns)}")
     if config.packing and task != "causal-lm":
         raise BadOption(f"packing is for causal language models, not for {task}")
@@ -93,7 +96,7 @@ def prepare(config: TrainConfig) -> Prepared:
             raise BadOption("the tokenizer has neither a padding token nor an end-of-text token: give it one")
         tokenizer.pad_token = tokenizer.eos_token  # labels are masked by place, not by token: check_padding
     limit = _limit(config, model_config)
-    labels = encoding.labels_of(train, config.label_column) if task == "classification" else []
+    labels = columns.labels_of(train, config.label_column) if task == "classification" else []
     if task == "classification" and len(labels) < 2:
         raise BadOption(
             f"{train.source} has {len(labels)} label(s) in {config.label_column!r}: a classification has two or more"
@@ -149,12 +152,14 @@ def _encoder(
     elif form == "text":
         one = encoding.text(tokenizer, config.text_column)
     else:
-        columns = encoding.pair_of(set(train.columns), config, task)
-        assert columns is not None  # recognise() found them
+        pair = columns.pair_of(set(train.columns), config, task)
+        assert pair is not None  # recognise() found them
+        if len(pair.sources) > 1:
+            log.info("%s, joined by line breaks, are read, and %s is learnt", " and ".join(pair.sources), pair.target)
         if task == "seq2seq":
-            return encoding.seq2seq(tokenizer, columns), []
-        one = encoding.prompt(tokenizer, columns, chat)
-        if isinstance(train.rows[0].get(columns[1]), list):
+            return encoding.seq2seq(tokenizer, pair), []
+        one = encoding.prompt(tokenizer, pair, chat, config.loss_on)
+        if isinstance(train.rows[0].get(pair.target), list):
             chat()
     if not made:
         return one, [] if tokenizer.eos_token_id is not None else [
