@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qft.errors import BadOption
 from qft.evaluation.data import Row
-from qft.messages import ChatTemplate, conversation, learnt_turns, pieces, tools_of
+from qft.messages import ChatTemplate, check_text, conversation, learnt_turns, pieces, tools_of
 from qft.rows import FORMS
 from qft.tokens import Tokens, encoded
 
@@ -216,6 +216,7 @@ def _messages(value: Mapping[str, Any], row: Row) -> tuple[list[dict[str, Any]],
     )
     if not good or not messages:
         raise BadOption(f"{row.where}: messages is a list of objects with role and content, and not empty")
+    check_text(messages, row.where)
     return messages, first
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,14 +116,13 @@ class Chat:
 
     def _check_learnt(self, answers: Sequence[dict[str, Any]], labels: Sequence[int]) -> None:
         """Look the text of each answer up among the learnt tokens, apart from blanks, which templates may change."""
-        decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
-        learnt, at = _bare(decode([label for label in labels if label != IGNORE])), 0
+        learnt, at = self._decode([label for label in labels if label != IGNORE]), 0
         for answer in answers:
             ends = [at]
             for text in pieces(answer):
                 found, wanted = learnt.find(_bare(text), at), _bare(text)
                 if found < 0:  # the tokenizer may write characters in another way, or not know them
-                    wanted = _bare(decode(self._tokens(text)))
+                    wanted = self._decoded(text)
                     found = learnt.find(wanted, at)
                 if found < 0:
                     raise BadOption(
@@ -137,11 +135,8 @@ class Chat:
     def _check_tools(self, ids: list[int], tools: Any) -> None:
         """Refuse tools that the template does not write out."""
         names = tool_names(tools)
-        text = _bare(self.tokenizer.decode(ids)) if names else ""
-        lost = next(
-            (n for n in names if _bare(n) not in text and _bare(self.tokenizer.decode(self._tokens(n))) not in text),
-            None,
-        )
+        text = self._decode(ids) if names else ""
+        lost = next((n for n in names if not (_bare(n) in text or self._decoded(n) in text)), None)
         if lost is not None:
             raise BadOption(
                 f"{self.chat_template.name} does not write out the tool {lost!r}: give a template that knows tools "
@@ -159,6 +154,13 @@ class Chat:
 
     def _tokens(self, text: str) -> list[int]:
         return list(encoded(self.tokenizer, text, "the conversation", add_special_tokens=False)["input_ids"])
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return _bare(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _decoded(self, text: str) -> str:
+        """A text as the tokenizer gives it back."""
+        return self._decode(self._tokens(text))
 
     def _ids(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[int]:
         return self._tokens(self.chat_template.text(messages, tools))
