@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qft.errors import BadOption, NeedsCalibration
+from qft.calibration_checks import Batch, check, is_encoder_decoder
+from qft.errors import BadOption
+from qft.lengths import Positions, positions_of
 from qft.tokens import Tokens
-
-Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,19 @@ def batches(data: Any, tokenizer: Any = None, *, model: nn.Module | None = None,
 
     Raises:
         NeedsCalibration: no tokens: empty texts, an iterator that was read before, masks of zeros only.
-        BadOption: data of another kind, texts without a tokenizer, ids that the model has no embedding for, NaN.
+        BadOption: data of another kind, texts without a tokenizer, ids that the model has no embedding for, NaN, an
+            attention mask that does not fit its tokens, or a sequence longer than the model's positions.
     """
     if not isinstance(data, Calibration):
         data = Calibration(data, tokenizer, **settings)
     elif data.tokenizer is None:
         data = replace(data, tokenizer=tokenizer)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < data.length:
-        data = replace(data, length=positions)
+    positions = Positions(None, None) if model is None else positions_of(model)
+    longest = min((p for p in (positions.source, positions.target) if p is not None), default=data.length)
+    if longest < data.length:
+        data = replace(data, length=longest)
     found = list(_stacked(_items(data), data))
-    _check(found, model)
+    check(found, model, positions)
     return found
 
 
@@ -234,61 +236,11 @@ def _stacked(items: Iterable[tuple[Batch, bool]], calibration: Calibration) -> I
     yield from flush()
 
 
-def _check(found: list[Batch], model: nn.Module | None) -> None:
-    if not any(_counts(batch) for batch in found):
-        raise NeedsCalibration(
-            "the calibration data holds no tokens: it is empty, or an iterator that was read to its end before; give a "
-            "list, or a fresh iterator"
-        )
-    found[:] = [batch for batch in found if _counts(batch)]
-    size = _vocabulary(model) if model is not None else None
-    for batch in found:
-        for key, value in batch.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-                raise BadOption(f"the calibration data's {key} holds NaN or infinity")
-        for key in ("input_ids", "decoder_input_ids", *(["labels"] if _is_encoder_decoder(model) else [])):
-            ids = batch.get(key)
-            if ids is None or not ids.numel():
-                continue
-            if ids.is_floating_point() or ids.dtype == torch.bool:
-                raise BadOption(f"the calibration data's {key} are {ids.dtype}: token ids are integers")
-            ids = batch[key] = ids.long()
-            if key == "labels":  # what an encoder-decoder makes its decoder's ids of; -100 is one that does not count
-                ids = ids.masked_fill(ids == -100, 0)
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or (size is not None and high >= size):
-                raise BadOption(
-                    f"the calibration data's {key} hold the token id {low if low < 0 else high}, and the model has embeddings "
-                    f"for 0 to {size - 1 if size else '...'}: it was tokenised for another model"
-                )
-
-
-def _counts(batch: Batch) -> bool:
-    """Whether a batch holds anything to learn from."""
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and not mask.any():
-        return False
-    if "input_ids" in batch:
-        return batch["input_ids"].numel() > 0
-    return any(isinstance(v, Tensor) and v.numel() > 0 for k, v in batch.items() if k != "attention_mask")
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    try:
-        return model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
-
-
-def _is_encoder_decoder(model: nn.Module | None) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
 def call(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Any:
     """Run `model` on a batch of `batches`, without a cache; encoder-decoders read the input as their output too."""
     batch = {k: v.to(device) if isinstance(v, Tensor) and device is not None else v for k, v in batch.items()}
     config = getattr(model, "config", None)
-    if _is_encoder_decoder(model) and "input_ids" in batch:
+    if is_encoder_decoder(model) and "input_ids" in batch:
         if "decoder_input_ids" not in batch and "labels" not in batch:
             batch["decoder_input_ids"] = batch["input_ids"]
     if config is not None and hasattr(config, "use_cache"):

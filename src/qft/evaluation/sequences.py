@@ -47,7 +47,7 @@ def sequences(
 
     Args:
         two_sided: for an encoder-decoder: the prompt goes in, the completion is what is predicted; both are cut to
-            `length`, the prompt at its start.
+            `length`, the prompt at its start, where the tokenizer's first special tokens stay.
 
     Raises:
         BadOption: a row of another form, or one without a token to predict; texts without a tokenizer.
@@ -57,7 +57,11 @@ def sequences(
     for row in found:
         if two_sided:
             source, target = _pair(row, reader)
-            yield Sequence(source[-length:], [False] * min(length, len(source)), target[:length])
+            if len(source) > length:
+                front = reader.tokens.front if reader is not None else []
+                front = front if source[: len(front)] == front and len(front) < length else []
+                source = [*front, *source[len(front) - length :]]
+            yield Sequence(source, [False] * len(source), target[:length])
             continue
         ids, counted = _tokens(row, reader)
         counted = [False, *counted[1:]]

@@ -11,14 +11,8 @@ from torch import nn
 
 from qft.errors import BadFolder, QftWarning, UnsupportedOperation
 from qft.saying import first_sentence
-from qft.training.setup import Prepared
+from qft.training.setup import AUTO, Prepared
 
-AUTO = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-    "vision-language": "AutoModelForImageTextToText",
-}
 PEFT_TASK = {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS", "vision-language": None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 
 from qft.errors import BadFolder, BadOption, MissingDependency, QftWarning, UnsupportedDevice
+from qft.lengths import positions_of_config
 from qft.loading import read_config
 from qft.paths import check_model_path
 from qft.rows import Rows
 from qft.saying import first_sentence
+from qft.tokens import Tokens
 from qft.training import checks, columns, encoding
 from qft.training.config import TrainConfig
 from qft.training.data import held_out, read_data
@@ -32,6 +35,13 @@ OPTIMIZERS = {
     "paged_adamw32bit": "paged_adamw_32bit",
 }
 """`qft.plan`'s names → transformers'."""
+AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "vision-language": "AutoModelForImageTextToText",
+}
+"""Task → transformers' class of its models."""
 
 
 @dataclass
@@ -46,7 +56,7 @@ class Prepared:
         labels: of a classification.
         digests: of data, model and template: equal where a run may be continued.
         findings: warnings, each with what to do.
-        limit: tokens of a row.
+        limit: tokens of a row; of an encoder-decoder's, those that the encoder reads.
     """
 
     config: TrainConfig
@@ -95,7 +105,7 @@ def prepare(config: TrainConfig) -> Prepared:
         if tokenizer.eos_token_id is None:
             raise BadOption("the tokenizer has neither a padding token nor an end-of-text token: give it one")
         tokenizer.pad_token = tokenizer.eos_token  # labels are masked by place, not by token: check_padding
-    limit = _limit(config, model_config)
+    limit = _limit(config, model_config, task)
     labels = columns.labels_of(train, config.label_column) if task == "classification" else []
     if task == "classification" and len(labels) < 2:
         raise BadOption(
@@ -103,6 +113,8 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     one, found = _encoder(config, task, form, processor, train, labels, Path(config.data_path))
     findings += found
+    if task in ("classification", "seq2seq"):  # the tokenizer's own truncation keeps the tokens at both ends
+        limit = dataclasses.replace(limit, cut=Tokens(tokenizer).cut)
     cut = None if task == "vision-language" else limit
     encoded = encoding.encode(train, one, config, cut)
     evaluation = None if valid is None else encoding.encode(valid, one, config, cut)
@@ -119,7 +131,18 @@ def prepare(config: TrainConfig) -> Prepared:
         "chat template": hashlib.sha256(repr(getattr(tokenizer, "chat_template", "")).encode()).hexdigest(),
     }
     return Prepared(
-        config, task, form, processor, model_config, encoded, evaluation, labels, digests, limit, device, findings
+        config,
+        task,
+        form,
+        processor,
+        model_config,
+        encoded,
+        evaluation,
+        labels,
+        digests,
+        limit.source,
+        device,
+        findings,
     )
 
 
@@ -241,9 +264,12 @@ def _processor(model: str, task: str) -> Any:
         ) from error
 
 
-def _limit(config: TrainConfig, model_config: Any) -> int:
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return min(config.max_length, positions) if isinstance(positions, int) and positions > 0 else config.max_length
+def _limit(config: TrainConfig, model_config: Any, task: str) -> encoding.Limit:
+    import transformers
+
+    positions = positions_of_config(model_config, getattr(transformers, AUTO[task]))
+    most = config.max_length
+    return encoding.Limit(min(most, positions.source or most), min(most, positions.target or most))
 
 
 def _model_digest(model: str) -> str:
