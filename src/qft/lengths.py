@@ -51,6 +51,12 @@ def positions_of_config(config: Any, auto_class: Any) -> Positions:
     return Positions(source - kept, None if target is None else target - kept)
 
 
+def counts_from_padding(model: nn.Module) -> bool:
+    """Whether a model counts positions from behind the padding token's id, so that its config must keep that id."""
+    source, _ = _configured(getattr(model, "config", None))
+    return source is not None and _kept(model, source) > 0
+
+
 def _configured(config: Any) -> tuple[int | None, int | None]:
     """The numbers of positions that a config names, of the source and of the target."""
     if config is None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from qft import hf, marks
 from qft.backends.unquantized import is_float_linear
+from qft.classifiers import with_new_head
 from qft.devices import check_device, default_device, place
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
 from qft.experts import fused_weight
@@ -80,6 +81,11 @@ def load_adapter(
             )
         config.init_lora_weights = True
     starts = read_starts(folder, adapter_shapes(folder)) if is_lora(config) else {}
+    if isinstance(base, nn.Module) and _missing_head(base, folder, config):
+        raise AdapterMismatch(
+            f"this adapter holds the head of a classifier, and the base is a {type(base).__name__}: load the base with "
+            "AutoModelForSequenceClassification, or give its folder"
+        )
     if isinstance(base, nn.Module) and hf.adopt(base) is None:
         if note is None:
             raise BadOption(
@@ -87,6 +93,8 @@ def load_adapter(
             )
         _check_float_base(folder, base, config, note)
     model = _base_for(folder, base, config, note, kwargs)
+    if hf.adopt(model) is not None and (heads := _missing_head(model, folder, config)):
+        model = with_new_head(model, {i: f"LABEL_{i}" for i in range(min(shape[0] for shape in heads))})
     record = hf.adopt(model)
     if record is None:
         raise BadOption("the base is a float model and the folder does not say how to quantize it: quantize it first")
@@ -110,6 +118,16 @@ def load_adapter(
     if note is not None:
         record.init = note.get("init")
     return peft_model
+
+
+def _missing_head(model: nn.Module, folder: Path, config: PeftConfig) -> list[tuple[int, ...]]:
+    """The shapes of a classifier's head that an adapter holds and a base lacks: PEFT would leave it out without a word."""
+    if config.task_type != "SEQ_CLS":
+        return []
+    here = {name for name, _ in model.named_modules()}
+    stored = {n.removeprefix("base_model.model."): shape for n, shape in adapter_shapes(folder).items()}
+    heads = {n.rpartition(".")[0]: s for n, s in stored.items() if n.split(".")[0] in ("score", "classifier")}
+    return [shape for name, shape in heads.items() if name not in here]
 
 
 def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: dict[str, Any]) -> None:

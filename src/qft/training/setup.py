@@ -25,6 +25,7 @@ from qft.tokens import Tokens
 from qft.training import checks, columns, encoding
 from qft.training.config import TrainConfig
 from qft.training.data import held_out, read_data
+from qft.training.stored import check_stored
 
 log = logging.getLogger("qft.training")
 
@@ -56,6 +57,7 @@ class Prepared:
         labels: of a classification.
         digests: of data, model and template: equal where a run may be continued.
         findings: warnings, each with what to do.
+        stored: how the model's folder is quantized already; None for a float model.
         limit: tokens of a row; of an encoder-decoder's, those that the encoder reads.
     """
 
@@ -71,6 +73,7 @@ class Prepared:
     limit: int
     device: torch.device
     findings: list[str] = field(default_factory=list)
+    stored: str | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -87,6 +90,7 @@ def prepare(config: TrainConfig) -> Prepared:
     config = config.replace(model=check_model_path(config.model))
     device = _device(config)
     _check_names(config, device)
+    stored = check_stored(config)
     train, valid = read_data(
         config.data_path, config.train_split, config.valid_split, skip_bad_rows=config.skip_bad_rows
     )
@@ -143,6 +147,7 @@ def prepare(config: TrainConfig) -> Prepared:
         limit.source,
         device,
         findings,
+        stored,
     )
 
 
