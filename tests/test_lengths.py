@@ -151,6 +151,15 @@ def test_an_encoder_decoder_with_fewer_positions_to_write(tmp_path):
         prepare(qft.TrainConfig(folder, path, **quick(too_long="refuse")))
 
 
+def test_calibration_by_rows_of_an_encoder_decoder_fits_both_lengths(tmp_path):
+    model = led()
+    model.resize_token_embeddings(SIZE)
+    folder = saved(tmp_path / "m", model, closing())
+    path = write_jsonl(tmp_path / "d.jsonl", [{"source": "a" * 80, "target": "b" * 40}] * 4)
+    options = quick(max_steps=1, quantization="reference", init="qera")
+    assert qft.train(model=folder, data_path=path, project_name=str(tmp_path / "out"), **options).steps == 1
+
+
 def test_special_tokens_that_do_not_fit_are_cut():
     assert Tokens(closing()).cut([130, 97, 131], 1) == [130]
 

@@ -303,6 +303,24 @@ def test_a_column_with_the_system_prompt_goes_before_the_conversation(model, tmp
         prepared(model, tmp_path, [{"messages": [{"role": "system", "content": "no"}, *said], "system": "be"}])
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"label": False}, "'label' is false"),
+        ({"rejected": [{"role": "assistant", "content": "no"}]}, "'rejected' holds a bad answer"),
+        ({"weight": 0}, "'weight' is 0"),
+        ({"weight": 0.5}, "'weight' is 0.5"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_a_row_that_must_not_be_learnt_as_it_stands_is_refused(model, tmp_path, more, says):
+    said = [user(), assistant()]
+    for row in ({"messages": said}, {"prompt": "ab", "completion": "cd"}):
+        good = {**row, "label": True, "weight": 1, "rejected": None}
+        with refuses(qft.BadOption, "line 2", says):
+            prepared(model, tmp_path, [good, {**good, **more}])
+
+
 # ---- labels ------------------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,7 @@ def is_the_merged_model(result, tolerance=1e-5):
     loaded = qft.load(result.adapter)
     merged = AutoModelForSequenceClassification.from_pretrained(result.merged)
     assert type(loaded.get_base_model()) is type(merged)
+    assert loaded.config.id2label == merged.config.id2label == {0: "x", 1: "y"}
     assert torch.allclose(logits(loaded), logits(merged), atol=tolerance)
     return loaded
 

@@ -58,7 +58,7 @@ def _check_masks(batch: Batch) -> None:
     """Refuse a mask that is not (batch, sequence): the statistics could not tell which tokens it leaves out."""
     for key, names in (
         ("attention_mask", ("input_ids", "inputs_embeds", "input_values")),
-        ("decoder_attention_mask", ("decoder_input_ids", "decoder_inputs_embeds", "labels")),
+        ("decoder_attention_mask", ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids")),
     ):
         mask = batch.get(key)
         if mask is None:

@@ -19,6 +19,28 @@ def is_classifier(model: nn.Module) -> bool:
     return "ForSequenceClassification" in type(model).__name__
 
 
+def noted_classes(model: nn.Module) -> dict[str, list[str]]:
+    """Return what an adapter's note says of a classifier: the names of its classes, by index."""
+    config = getattr(model, "config", None)
+    if not is_classifier(model) or config is None:
+        return {}
+    return {"classes": [str(config.id2label[i]) for i in range(config.num_labels)]}
+
+
+def class_names(noted: Any, count: int) -> dict[int, str]:
+    """Return the names of a head's classes: those noted, or transformers' own where the note has none that fit."""
+    if isinstance(noted, list) and len(noted) == count and all(isinstance(name, str) for name in noted):
+        return dict(enumerate(noted))
+    return {i: f"LABEL_{i}" for i in range(count)}
+
+
+def name_classes(model: Any, noted: Any) -> None:
+    """Give a classifier the names of classes that an adapter's note holds."""
+    if noted is not None and is_classifier(model):
+        names = class_names(noted, model.config.num_labels)
+        model.config.id2label, model.config.label2id = names, {name: i for i, name in names.items()}
+
+
 def with_new_head(model: nn.Module, names: dict[int, str]) -> nn.Module:
     """Make a classifier of a quantized model: its body as it is, and a new head in float.
 

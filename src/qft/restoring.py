@@ -17,7 +17,7 @@ from torch import nn
 
 from qft import hf, marks
 from qft.backends.unquantized import is_float_linear
-from qft.classifiers import with_new_head
+from qft.classifiers import class_names, name_classes, with_new_head
 from qft.devices import check_device, default_device, place
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
 from qft.experts import fused_weight
@@ -94,7 +94,9 @@ def load_adapter(
         _check_float_base(folder, base, config, note)
     model = _base_for(folder, base, config, note, kwargs)
     if hf.adopt(model) is not None and (heads := _missing_head(model, folder, config)):
-        model = with_new_head(model, {i: f"LABEL_{i}" for i in range(min(shape[0] for shape in heads))})
+        model = with_new_head(model, class_names((note or {}).get("classes"), min(shape[0] for shape in heads)))
+    elif note is not None and not isinstance(base, nn.Module):
+        name_classes(model, note.get("classes"))
     record = hf.adopt(model)
     if record is None:
         raise BadOption("the base is a float model and the folder does not say how to quantize it: quantize it first")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from qft import marks
+from qft.classifiers import noted_classes
 from qft.errors import BadFolder, BadOption, QftError, UnsupportedOperation
 from qft.hf import bare_state_dict
 from qft.starts import save_starts
@@ -122,7 +123,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, base: bool = False
         save_starts(model, partial, as_path(folder))
         if record is not None:
             stores_base = base or record.base_changed
-            (partial / NOTE).write_text(json.dumps(_note(record, stores_base), indent=1))
+            note = {**_note(record, stores_base), **noted_classes(marks.base_model(model))}
+            (partial / NOTE).write_text(json.dumps(note, indent=1))
             if stores_base:
                 _save_base(model, partial / "base", record)
 

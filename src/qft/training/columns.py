@@ -147,6 +147,21 @@ def _sources(has: set[str], config: TrainConfig) -> list[str]:
     return parts
 
 
+def check_meaning(row: dict[str, Any]) -> None:
+    """Refuse a row that other columns mark as one which must not be learnt as it stands.
+
+    Raises:
+        Unusable: a bad answer, a pair of answers to choose from, or a weight.
+    """
+    if row.get("label") is False or str(row.get("label")).strip().lower() == "false":
+        raise Unusable("'label' is false, which marks a bad answer: it would be learnt as a good one")
+    if row.get("rejected"):
+        raise Unusable("'rejected' holds a bad answer, and only answers to be learnt are read: remove the column")
+    weight = row.get("weight")
+    if isinstance(weight, bool | int | float) and weight != 1:
+        raise Unusable(f"'weight' is {weight!r}, and rows are learnt with weight 1 only: remove the row or the column")
+
+
 def label_name(label: Any) -> str | None:
     """Return the name of a class: the same for 1, 1.0 and "1"; None for a value that is not a label."""
     if isinstance(label, float) and label.is_integer():

@@ -12,7 +12,7 @@ from qft.messages import check_text, conversation, tools_of
 from qft.rows import Rows
 from qft.tokens import Tokens
 from qft.training.checks import Chat
-from qft.training.columns import SYSTEMS, Pair, Unusable, label_name, text_of
+from qft.training.columns import SYSTEMS, Pair, Unusable, check_meaning, label_name, text_of
 from qft.training.config import TrainConfig
 
 
@@ -141,6 +141,7 @@ def chat(encoder: Chat, config: TrainConfig) -> Encoder:
     """Conversations, with the loss on the answers."""
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
+        check_meaning(row)
         ids, labels = encoder(messages_of(row, config), _tools(row))
         return _learning(ids, labels)
 
@@ -152,6 +153,7 @@ def prompt(tokenizer: Any, columns: Pair, encoder: Callable[[], Chat], loss_on: 
     tokens, target = Tokens(tokenizer), columns.target
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
+        check_meaning(row)
         if isinstance(row.get(target), list):
             source = columns.single_source()
             said = with_system(checked_messages(row.get(source), source, False), row)

@@ -173,7 +173,8 @@ def _calibration(prepared: Prepared) -> Any:
             "quantizers and inits that read data are not for vision-language training yet: take nf4, or init='loftq'"
         )
     rows = prepared.train.rows[: config.calibration_samples]
-    return [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
+    keys = ("input_ids", "labels") if prepared.task == "seq2seq" else ("input_ids",)
+    return [{key: torch.tensor([row[key]]) for key in keys} for row in rows]
 
 
 def _lora_over_floats(prepared: Prepared) -> nn.Module:
