@@ -251,6 +251,26 @@ def test_a_newline_behind_the_end_of_a_turn_gets_no_second_end(model, tmp_path):
     assert tokenizer().decode(row["input_ids"]) == "ab<|im_end|>\n"
 
 
+def test_a_vision_models_template_that_begins_with_bos_gets_no_second_one(tmp_path):
+    from transformers import AutoProcessor
+
+    from qft.training.vision import VisionCollator, rows_with_images
+
+    pytest.importorskip("PIL")
+    folder, _ = vision(tmp_path)
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.bos_token = "</s>"
+    processor.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", processor.tokenizer.bos_token_id)]
+    )
+    processor.chat_template = "</s>" + processor.chat_template
+    row = {"images": ["0.png"], "messages": [user("which?"), assistant("red")]}
+    row = rows_with_images(qft.TrainConfig(folder, "d.jsonl"), processor, tmp_path)(row)
+    batch = VisionCollator(processor, "answers", 200)([row])
+    assert batch["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
+    assert learnt(batch["labels"][0].tolist(), processor.tokenizer) == "red<|im_end|>"
+
+
 # ---- columns -----------------------------------------------------------------------------------------------
 
 

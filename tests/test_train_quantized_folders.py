@@ -167,11 +167,17 @@ def test_another_quantizer_is_refused_and_the_folder_is_free_for_the_right_one(s
     assert train(stored("reference"), file(tmp_path), tmp_path, quantization="reference").steps == 1
 
 
-def test_a_stored_classifier_of_other_classes_is_refused(tmp_path):
+@pytest.mark.parametrize("spec", ["reference", None], ids=["quantized", "float"])
+def test_a_classifier_of_other_classes_is_refused(tmp_path, spec):
     model = BertForSequenceClassification(BertConfig(**SMALL, num_labels=3))
-    folder = save_quantized(tmp_path / "m", model, "reference")
+    if spec is None:
+        model.save_pretrained(tmp_path / "m")
+        tokenizer().save_pretrained(tmp_path / "m")
+    else:
+        save_quantized(tmp_path / "m", model, spec)
     with refuses(qft.BadOption, "3 classes", "the data has 2"):
-        train(folder, class_file(tmp_path), tmp_path, quantization="reference")
+        train(str(tmp_path / "m"), class_file(tmp_path), tmp_path, quantization="reference")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_body_that_lacks_what_the_classifier_reads_is_refused(tmp_path):

@@ -23,7 +23,8 @@ class Calibration:
 
     Args:
         data: texts, tokenised sequences or batches, a `datasets.Dataset`, a DataLoader, or any iterable of these. Of a
-            tuple of tensors the first is read, and its others are not: a mask needs a batch that is a dict.
+            tuple of tensors the first is read, and its others are not: a mask needs a batch that is a dict. A mask has the
+            shape of its token ids, (batch, sequence), and no sequence is longer than the model's positions.
         tokenizer: for texts.
         samples: sequences to read at most.
         length: tokens of a sequence that is cut from texts; no more than the model has positions for.

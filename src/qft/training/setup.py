@@ -115,6 +115,7 @@ def prepare(config: TrainConfig) -> Prepared:
         raise BadOption(
             f"{train.source} has {len(labels)} label(s) in {config.label_column!r}: a classification has two or more"
         )
+    _check_classes(config, model_config, labels)
     one, found = _encoder(config, task, form, processor, train, labels, Path(config.data_path))
     findings += found
     if task in ("classification", "seq2seq"):  # the tokenizer's own truncation keeps the tokens at both ends
@@ -149,6 +150,16 @@ def prepare(config: TrainConfig) -> Prepared:
         findings,
         stored,
     )
+
+
+def _check_classes(config: TrainConfig, model_config: Any, labels: list[str]) -> None:
+    """Refuse a classifier whose head has other classes than the data."""
+    stored = any("SequenceClassification" in a for a in getattr(model_config, "architectures", None) or ())
+    if labels and stored and model_config.num_labels != len(labels):
+        raise BadOption(
+            f"model: {config.model} sorts into {model_config.num_labels} classes, and the data has {len(labels)}: give a "
+            "model without a classifier's head, or data of the same classes"
+        )
 
 
 def _encoder(

@@ -46,8 +46,7 @@ def load_stored(
         **options: of `from_pretrained`.
 
     Raises:
-        BadFolder: a folder that cannot be loaded. BadOption: a classifier of other classes. UnsupportedOperation: a
-            model that transformers has no classifier of.
+        BadFolder: a folder that cannot be loaded. UnsupportedOperation: a model that transformers has no classifier of.
     """
     model = load_quantized(config.model, None, device, False, dtype=dtype, **options)
     if hf.adopt(model) is None:
@@ -57,10 +56,5 @@ def load_stored(
     names = dict(enumerate(labels))
     if not is_classifier(model):
         return with_new_head(model, names)
-    if model.config.num_labels != len(names):
-        raise BadOption(
-            f"model: {config.model} sorts into {model.config.num_labels} classes, and the data has {len(names)}: "
-            "give a model without a classifier's head"
-        )
     model.config.id2label, model.config.label2id = names, {name: i for i, name in names.items()}
     return model

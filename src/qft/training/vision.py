@@ -101,7 +101,7 @@ class VisionCollator:
         images = [[_opened(i) for i in row["images"]] for row in rows]
         texts = [self.template.text(m) for m in conversations]
         self.processor.tokenizer.padding_side = "right"
-        batch = dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt"))
+        batch = dict(self._processed(texts, images, padding=True))
         ids, mask = batch["input_ids"], batch["attention_mask"]
         if ids.shape[1] > self.limit:
             raise BadOption(
@@ -134,8 +134,14 @@ class VisionCollator:
         return len(before), stop if stop > len(before) else len(after)
 
     def _ids(self, text: str, images: list[Any]) -> list[int]:
-        out = self.processor(text=[text], images=[images] if images else None, return_tensors="pt")
-        return out["input_ids"][0].tolist()
+        return self._processed([text], [images] if images else None)["input_ids"][0].tolist()
+
+    def _processed(self, texts: list[str], images: Any, **options: Any) -> Any:
+        """Token ids and pixels; a text that begins with BOS, which its template wrote, gets no second one."""
+        bos = self.processor.tokenizer.bos_token
+        if bos and all(text.startswith(bos) for text in texts):
+            options["add_special_tokens"] = False
+        return self.processor(text=texts, images=images, return_tensors="pt", **options)
 
 
 def _opened(image: Any) -> Any:
