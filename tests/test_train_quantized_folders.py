@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -210,3 +211,18 @@ def test_a_classifiers_adapter_is_never_loaded_without_its_head(tmp_path):
             qft.load(result.adapter, base)
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "float")
     qft.load(result.adapter, qft.quantize(base, "reference", progress=False))
+
+
+@pytest.mark.parametrize("head", [BertForPreTraining, BertForMaskedLM], ids=["with a pooler", "without"])
+def test_a_classifiers_adapter_over_a_float_encoder(tmp_path, head):
+    """A pooler that the folder does not hold is drawn at random: another one is not taken for it."""
+    head(BertConfig(**SMALL)).save_pretrained(tmp_path / "float")
+    tokenizer().save_pretrained(tmp_path / "float")
+    result = train(
+        str(tmp_path / "float"), class_file(tmp_path), tmp_path, quantization="reference", merge_adapter=True
+    )
+    if head is BertForPreTraining:
+        is_the_merged_model(result)
+    else:
+        with refuses(qft.AdapterMismatch, "pooler"):
+            qft.load(result.adapter)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qft import hf
-from qft.errors import BadOption, UnsupportedOperation
+from qft.errors import BadFolder, BadOption, UnsupportedOperation
 from qft.saying import first_sentence
 
 
@@ -39,6 +39,26 @@ def name_classes(model: Any, noted: Any) -> None:
     if noted is not None and is_classifier(model):
         names = class_names(noted, model.config.num_labels)
         model.config.id2label, model.config.label2id = names, {name: i for i, name in names.items()}
+
+
+def float_classifier(path: str, count: int, options: dict[str, Any]) -> nn.Module:
+    """Load the classifier of a float folder, whatever head the folder has.
+
+    Args:
+        count: of classes.
+        options: of `from_pretrained`.
+
+    Raises:
+        BadFolder: transformers cannot load it.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=count, **{"dtype": "auto", **options}
+        )
+    except Exception as error:
+        raise BadFolder(f"cannot load a classifier from {path}: {first_sentence(error)}") from error
 
 
 def with_new_head(model: nn.Module, names: dict[int, str]) -> nn.Module:

@@ -17,13 +17,13 @@ from torch import nn
 
 from qft import hf, marks
 from qft.backends.unquantized import is_float_linear
-from qft.classifiers import class_names, name_classes, with_new_head
+from qft.classifiers import class_names, float_classifier, name_classes, with_new_head
 from qft.devices import check_device, default_device, place
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
 from qft.experts import fused_weight
 from qft.guard import as_it_was, brief, rehearse_load
 from qft.hf import bare_layers
-from qft.loading import load_quantized
+from qft.loading import load_quantized, stored_quantization
 from qft.lora.layer import DequantizedForward
 from qft.lora.model import KEPT_INITS
 from qft.lora.tuners import check_method
@@ -94,7 +94,7 @@ def load_adapter(
         _check_float_base(folder, base, config, note)
     model = _base_for(folder, base, config, note, kwargs)
     if hf.adopt(model) is not None and (heads := _missing_head(model, folder, config)):
-        model = with_new_head(model, class_names((note or {}).get("classes"), min(shape[0] for shape in heads)))
+        model = with_new_head(model, class_names((note or {}).get("classes"), _classes(heads)))
     elif note is not None and not isinstance(base, nn.Module):
         name_classes(model, note.get("classes"))
     record = hf.adopt(model)
@@ -122,14 +122,25 @@ def load_adapter(
     return peft_model
 
 
-def _missing_head(model: nn.Module, folder: Path, config: PeftConfig) -> list[tuple[int, ...]]:
-    """The shapes of a classifier's head that an adapter holds and a base lacks: PEFT would leave it out without a word."""
+def _heads(folder: Path, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """The layers of a classifier's head that an adapter holds, and the shapes of their weights."""
     if config.task_type != "SEQ_CLS":
-        return []
-    here = {name for name, _ in model.named_modules()}
+        return {}
     stored = {n.removeprefix("base_model.model."): shape for n, shape in adapter_shapes(folder).items()}
-    heads = {n.rpartition(".")[0]: s for n, s in stored.items() if n.split(".")[0] in ("score", "classifier")}
-    return [shape for name, shape in heads.items() if name not in here]
+    found = {
+        n: shape for n, shape in stored.items() if n.split(".")[0] in ("score", "classifier") and ".lora_" not in n
+    }
+    return {n.rpartition(".")[0]: shape for n, shape in found.items() if len(shape) == 2}
+
+
+def _missing_head(model: nn.Module, folder: Path, config: PeftConfig) -> list[tuple[int, ...]]:
+    """The shapes of a head that an adapter holds and a base lacks: PEFT would leave it out without a word."""
+    here = {name for name, _ in model.named_modules()}
+    return [shape for name, shape in _heads(folder, config).items() if name not in here]
+
+
+def _classes(shapes: Iterable[tuple[int, ...]]) -> int:
+    return min(shape[0] for shape in shapes)
 
 
 def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: dict[str, Any]) -> None:
@@ -190,7 +201,12 @@ def _given_base(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any
     if spec is None:
         device = check_device(kwargs.pop("device", None)) or default_device()
         return load_quantized(os.fspath(base), None, device, False, **kwargs)
-    return quantize_as(os.fspath(base), spec, progress=False, device=kwargs.pop("device", None), load_options=kwargs)
+    device = kwargs.pop("device", None)
+    heads = _heads(folder, config)
+    if heads and stored_quantization(os.fspath(base), kwargs) is None:
+        model = float_classifier(os.fspath(base), _classes(heads.values()), kwargs)
+        return quantize_as(model, spec, progress=False, device=device or default_device())
+    return quantize_as(os.fspath(base), spec, progress=False, device=device, load_options=kwargs)
 
 
 def _spec_of(note: dict[str, Any]) -> Spec:
