@@ -319,6 +319,13 @@ def test_a_column_with_the_system_prompt_goes_before_the_conversation(model, tmp
     for row in ({"messages": said}, {"prompt": said[:1], "completion": said[1:]}):
         found = prepared(model, tmp_path, [{**row, "system": "be"}])
         assert found.tokenizer.decode(found.train.rows[0]["input_ids"]).startswith("<|im_start|>system\nbe<|im_end|>")
+        (cut,) = sequences(evaluation_rows([{**row, "system": "be"}]), tokenizer(), length=99)
+        assert cut.ids == found.train.rows[0]["input_ids"]
+    assert read_texts(write_jsonl(tmp_path / "c.jsonl", [{"messages": said, "system": "be"}]))[0].startswith("be\n")
+    plain = {"prompt": "ab", "completion": "cd", "system": "be"}
+    (row,) = prepared(model, tmp_path, [plain]).train.rows
+    (cut,) = sequences(evaluation_rows([plain]), tokenizer(), length=99)
+    assert tokenizer().decode(row["input_ids"]) == "be\nabcd<|im_end|>" and cut.ids == row["input_ids"][:-1]
     with refuses(qft.BadOption, "line 1", "different system prompts"):
         prepared(model, tmp_path, [{"messages": [{"role": "system", "content": "no"}, *said], "system": "be"}])
 

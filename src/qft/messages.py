@@ -25,6 +25,8 @@ TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of content parts that hold text; None is a part without a type."""
 SWITCHES = ("train", "training")
 """Keys of a message that say whether it is learnt, as a boolean; `weight` says the same as 0 or 1."""
+SYSTEMS = ("system", "system_prompt")
+"""Columns that hold a system prompt."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _PROBE = ({"role": "user", "content": "What is seven?"}, {"role": "assistant", "content": "A number."})
 
@@ -121,6 +123,34 @@ def _call(call: Any) -> Any:
         if isinstance(arguments, dict):
             made["arguments"] = arguments
     return made
+
+
+def system_of(row: Mapping[str, Any]) -> str:
+    """Return the text of a row's `system` column, "" where there is none.
+
+    Raises:
+        BadOption: there are two, or one that is not text.
+    """
+    said = [row[column] for column in SYSTEMS if row.get(column)]
+    if len(said) > 1 or not all(isinstance(text, str) for text in said):
+        raise BadOption(f"{' and '.join(map(repr, SYSTEMS))}: more than one system prompt, or one that is not text")
+    return said[0] if said and said[0].strip() else ""
+
+
+def with_system(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Put the text of a row's `system` column before its conversation.
+
+    Raises:
+        BadOption: the conversation has another system prompt.
+    """
+    said = system_of(row)
+    if not said:
+        return messages
+    if not messages or messages[0].get("role") != "system":
+        return [{"role": "system", "content": said}, *messages]
+    if messages[0].get("content") != said:
+        raise BadOption("the conversation and the column 'system' have different system prompts: remove one")
+    return messages
 
 
 def tools_of(row: Mapping[str, Any]) -> Any:

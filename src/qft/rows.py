@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.errors import BadFolder, BadOption, MissingDependency, NeedsCalibration, QftError
-from qft.messages import ChatTemplate, check_text, conversation, tools_of
+from qft.messages import ChatTemplate, check_text, conversation, tools_of, with_system
 from qft.paths import check_path
 from qft.saying import one_line
 
@@ -258,6 +258,7 @@ def _text(row: Any, template: ChatTemplate | None) -> str | None:
         isinstance(m, dict) and m.keys() & {"content", "tool_calls"} for m in messages
     ):
         return None
+    messages = with_system(messages, row)
     if template is None or not messages:
         return "\n".join(str(m.get("content", "")) for m in messages)
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qft.errors import BadOption
 from qft.evaluation.data import Row
-from qft.messages import ChatTemplate, check_text, conversation, learnt_turns, pieces, tools_of
+from qft.messages import ChatTemplate, check_text, conversation, learnt_turns, pieces, system_of, tools_of, with_system
 from qft.rows import FORMS
 from qft.tokens import Tokens, encoded
 
@@ -111,6 +111,7 @@ def _tokens(row: Row, reader: _Reader | None) -> tuple[list[int], list[bool]]:
         return _encode(text, spans, reader, row, special=False)
     if "completion" in value:
         prompt, completion = _texts(row, "prompt", "completion")
+        prompt = _with_system_text(prompt, row)
         return _encode(prompt + completion, [(len(prompt), len(prompt) + len(completion))], reader, row)
     if "text" in value:
         (text,) = _texts(row, "text")
@@ -123,6 +124,15 @@ def _texts(row: Row, *names: str) -> list[str]:
         if not isinstance(row.value.get(name), str):
             raise BadOption(f"{row.where}: {name} is {_kind(row.value.get(name))}, and should be text")
     return [row.value[name] for name in names]
+
+
+def _with_system_text(prompt: str, row: Row) -> str:
+    """A prompt as training reads it: behind the text of a `system` column."""
+    try:
+        said = system_of(row.value)
+    except BadOption as error:
+        raise BadOption(f"{row.where}: {error}") from error
+    return "\n".join(text for text in (said, prompt) if text.strip()) if said else prompt
 
 
 def _kind(value: Any) -> str:
@@ -221,7 +231,11 @@ def _messages(value: Mapping[str, Any], row: Row) -> tuple[list[dict[str, Any]],
     if not good or not messages:
         raise BadOption(f"{row.where}: messages is a list of objects with role and content, and not empty")
     check_text(messages, row.where)
-    return messages, first
+    try:
+        found = with_system(messages, value)
+    except BadOption as error:
+        raise BadOption(f"{row.where}: {error}") from error
+    return found, first + len(found) - len(messages)
 
 
 def _check_answer(message: Mapping[str, Any], shown: str, template: str, row: Row) -> None:
@@ -240,6 +254,7 @@ def _pair(row: Row, reader: _Reader | None) -> tuple[list[int], list[int]]:
         if reader is None:
             raise BadOption(f"{row.where} is text, and no tokenizer was found: pass tokenizer=")
         prompt, completion = _texts(row, "prompt", "completion")
+        prompt = _with_system_text(prompt, row)
         source = reader.tokens(prompt, where=f"{row.where}'s prompt", verbose=False)
         target = reader.tokens.target(completion, where=f"{row.where}'s completion")
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qft.errors import BadOption
+from qft.messages import SYSTEMS
 from qft.rows import Rows
 from qft.training.config import TrainConfig
 
@@ -16,7 +17,6 @@ SOURCES = ("instruction", "question", "context", "input")
 """Columns that are parts of what an encoder reads, in this order."""
 COMPANIONS = {"instruction": "input", "question": "context"}
 """A column of prompts → the column that goes with it in known formats (Alpaca, question answering)."""
-SYSTEMS = ("system", "system_prompt")
 
 
 class Unusable(Exception):

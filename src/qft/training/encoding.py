@@ -8,11 +8,11 @@ from typing import Any
 
 from qft.errors import BadOption, BadShape
 from qft.loss import IGNORE
-from qft.messages import check_text, conversation, tools_of
+from qft.messages import check_text, conversation, tools_of, with_system
 from qft.rows import Rows
 from qft.tokens import Tokens
 from qft.training.checks import Chat
-from qft.training.columns import SYSTEMS, Pair, Unusable, check_meaning, label_name, text_of
+from qft.training.columns import Pair, Unusable, check_meaning, label_name, text_of
 from qft.training.config import TrainConfig
 
 
@@ -215,20 +215,6 @@ def classification(tokenizer: Any, config: TrainConfig, names: Sequence[str]) ->
 def messages_of(row: dict[str, Any], config: TrainConfig, *, flatten: bool = True) -> list[dict[str, Any]]:
     found = checked_messages(row.get(config.messages_column), config.messages_column, flatten=flatten)
     return with_system(found, row)
-
-
-def with_system(messages: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Put the text of a `system` column before the conversation."""
-    said = [row[column] for column in SYSTEMS if row.get(column)]
-    if not said:
-        return messages
-    if len(said) > 1 or not isinstance(said[0], str):
-        raise Unusable("more than one system prompt, or one that is not text")
-    if messages and messages[0]["role"] == "system":
-        if messages[0]["content"] == said[0]:
-            return messages
-        raise Unusable("the conversation and the column 'system' have different system prompts: remove one")
-    return [{"role": "system", "content": said[0]}, *messages] if said[0].strip() else messages
 
 
 def checked_messages(value: Any, column: str, answered: bool = True, *, flatten: bool = True) -> list[dict[str, Any]]:
