@@ -71,48 +71,24 @@ def with_new_head(model: nn.Module, names: dict[int, str]) -> nn.Module:
     Raises:
         UnsupportedOperation: transformers has no such classifier, or its body is another.
     """
-    from transformers import AutoModelForSequenceClassification
-
     record = hf.adopt(model)
     if record is None:
         raise BadOption("this model is not quantized: load it with AutoModelForSequenceClassification")
     floats = [p for p in model.parameters() if p.is_floating_point() and not p.is_meta]
     device, dtype = floats[0].device, getattr(model, "dtype", None) or floats[0].dtype
-    settings = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-    config: Any = copy.deepcopy(model.config)
-    for part in [config, *hf._sub_configs(config)]:
-        for key in ("quantization_config", "_is_quantized"):
-            part.__dict__.pop(key, None)
-    for key, value in settings.items():
-        setattr(config, key, value)
-    name = type(model).__name__
-    try:
-        with torch.device("meta"):
-            made = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    except Exception as error:  # models' own checks of their configs raise errors of any class
-        raise UnsupportedOperation(
-            f"transformers makes no classifier of a {name}: {first_sentence(error)}; take another model"
-        ) from error
+    made = _empty_twin(model, names, dtype)
     prefix = made.base_model_prefix
     old, new = getattr(model, prefix, None), getattr(made, prefix, None)
     if old is None or new is None:
-        raise UnsupportedOperation(f"a {name} and its classifier have different bodies: give the float model")
-    missing = [key for key in new._modules if new._modules[key] is not None and old._modules.get(key) is None]
-    if missing:
         raise UnsupportedOperation(
-            f"the classifier of a {name} reads {missing[0]!r}, which this folder does not hold: give the float model"
+            f"a {type(model).__name__} and its classifier have different bodies: give the float model"
         )
-    for key in new._modules.keys() & old._modules.keys():
-        new._modules[key] = old._modules[key]
-    for key in new._parameters.keys() & old._parameters.keys():
-        new._parameters[key] = old._parameters[key]
-    for key in new._buffers.keys() & old._buffers.keys():
-        new._buffers[key] = old._buffers[key]
+    _move(old, new, type(model).__name__)
     inside = {n: q for n, q in record.quantizers.items() if n.startswith(f"{prefix}.")}
     here = {n for n, _ in made.named_modules()}
     if not inside or any(n not in here for n in inside):
         raise UnsupportedOperation(
-            f"the classifier of a {name} lacks quantized layers of its body: give the float model"
+            f"the classifier of a {type(model).__name__} lacks quantized layers of its body: give the float model"
         )
     _initialize(made, device)
     made.requires_grad_(False)
@@ -133,3 +109,37 @@ def _initialize(model: Any, device: torch.device) -> None:
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if left:
         raise UnsupportedOperation(f"{left[0]} of a {type(model).__name__} has no values: give the float model")
+
+
+def _empty_twin(model: Any, names: dict[int, str], dtype: torch.dtype) -> Any:
+    """The classifier that goes with a model, without values."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(model.config)
+    for part in [config, *hf._sub_configs(config)]:
+        for key in ("quantization_config", "_is_quantized"):
+            part.__dict__.pop(key, None)
+    config.num_labels = len(names)
+    config.id2label, config.label2id = names, {name: i for i, name in names.items()}
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # models' own checks of their configs raise errors of any class
+        raise UnsupportedOperation(
+            f"transformers makes no classifier of a {type(model).__name__}: {first_sentence(error)}; take another model"
+        ) from error
+
+
+def _move(old: nn.Module, new: nn.Module, name: str) -> None:
+    """Put the layers of one body into another."""
+    missing = [key for key in new._modules if new._modules[key] is not None and old._modules.get(key) is None]
+    if missing:
+        raise UnsupportedOperation(
+            f"the classifier of a {name} reads {missing[0]!r}, which this folder does not hold: give the float model"
+        )
+    for key in new._modules.keys() & old._modules.keys():
+        new._modules[key] = old._modules[key]
+    for key in new._parameters.keys() & old._parameters.keys():
+        new._parameters[key] = old._parameters[key]
+    for key in new._buffers.keys() & old._buffers.keys():
+        new._buffers[key] = old._buffers[key]

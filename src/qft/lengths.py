@@ -44,7 +44,7 @@ def positions_of_config(config: Any, auto_class: Any) -> Positions:
         return Positions(source, target)
     try:
         with torch.device("meta"):
-            model = auto_class.from_config(config)
+            model = auto_class.from_config(config, trust_remote_code=False)
     except Exception:  # code of its own, or a model that needs values: the config's number holds
         return Positions(source, target)
     kept = _kept(model, source)

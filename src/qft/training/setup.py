@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -109,17 +108,10 @@ def prepare(config: TrainConfig) -> Prepared:
         if tokenizer.eos_token_id is None:
             raise BadOption("the tokenizer has neither a padding token nor an end-of-text token: give it one")
         tokenizer.pad_token = tokenizer.eos_token  # labels are masked by place, not by token: check_padding
-    limit = _limit(config, model_config, task)
-    labels = columns.labels_of(train, config.label_column) if task == "classification" else []
-    if task == "classification" and len(labels) < 2:
-        raise BadOption(
-            f"{train.source} has {len(labels)} label(s) in {config.label_column!r}: a classification has two or more"
-        )
-    _check_classes(config, model_config, labels)
+    limit = _limit(config, model_config, task, tokenizer)
+    labels = _labels(config, task, model_config, train)
     one, found = _encoder(config, task, form, processor, train, labels, Path(config.data_path))
     findings += found
-    if task in ("classification", "seq2seq"):  # the tokenizer's own truncation keeps the tokens at both ends
-        limit = dataclasses.replace(limit, cut=Tokens(tokenizer).cut)
     cut = None if task == "vision-language" else limit
     encoded = encoding.encode(train, one, config, cut)
     evaluation = None if valid is None else encoding.encode(valid, one, config, cut)
@@ -152,14 +144,22 @@ def prepare(config: TrainConfig) -> Prepared:
     )
 
 
-def _check_classes(config: TrainConfig, model_config: Any, labels: list[str]) -> None:
-    """Refuse a classifier whose head has other classes than the data."""
+def _labels(config: TrainConfig, task: str, model_config: Any, train: Rows) -> list[str]:
+    """The names of a classification's classes, which the head of a classifier has to have, too."""
+    if task != "classification":
+        return []
+    labels = columns.labels_of(train, config.label_column)
+    if len(labels) < 2:
+        raise BadOption(
+            f"{train.source} has {len(labels)} label(s) in {config.label_column!r}: a classification has two or more"
+        )
     stored = any("SequenceClassification" in a for a in getattr(model_config, "architectures", None) or ())
-    if labels and stored and model_config.num_labels != len(labels):
+    if stored and model_config.num_labels != len(labels):
         raise BadOption(
             f"model: {config.model} sorts into {model_config.num_labels} classes, and the data has {len(labels)}: give a "
             "model without a classifier's head, or data of the same classes"
         )
+    return labels
 
 
 def _encoder(
@@ -280,12 +280,14 @@ def _processor(model: str, task: str) -> Any:
         ) from error
 
 
-def _limit(config: TrainConfig, model_config: Any, task: str) -> encoding.Limit:
+def _limit(config: TrainConfig, model_config: Any, task: str, tokenizer: Any) -> encoding.Limit:
     import transformers
 
     positions = positions_of_config(model_config, getattr(transformers, AUTO[task]))
     most = config.max_length
-    return encoding.Limit(min(most, positions.source or most), min(most, positions.target or most))
+    # the tokenizer's own truncation keeps the special tokens at both ends
+    cut = Tokens(tokenizer).cut if task in ("classification", "seq2seq") else None
+    return encoding.Limit(min(most, positions.source or most), min(most, positions.target or most), cut)
 
 
 def _model_digest(model: str) -> str:
