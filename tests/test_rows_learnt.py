@@ -179,6 +179,8 @@ def test_tool_calls_are_learnt_once_encoded_or_refused(model, tmp_path):
 
     for arguments in ({"x": "y z"}, '{"x": "y z"}'):
         assert of(Chat(tokenizer(CALLS)), user(), call(arguments)) == '<call>f {"x": "y z"}<|im_end|>'
+    strict = CALLS.replace("{{ m['content'] or '' }}", "{{ m['content'] + '' }}")
+    assert of(Chat(tokenizer(strict)), user(), call({"x": "y z"})) == '<call>f {"x": "y z"}<|im_end|>'
     with refuses(qft.BadOption, "line 1"):
         prepared(model, tmp_path, [{"messages": [user(), call({"x": "y z"})]}])
 

@@ -267,16 +267,26 @@ class ChatTemplate:
             BadOption: the template, or the tokenizer after it, refuses the conversation.
         """
         given: Any = [self._given(m) for m in messages]
-        if not given:
-            given = [given]  # only a batch may hold an empty conversation
         try:
-            found = self.tokenizer.apply_chat_template(
-                given, tools=tools, chat_template=self.template, add_generation_prompt=generation, **options
-            )
+            return self._applied(given, tools, generation, options)
         except Exception as error:  # templates raise errors of any class
             check_text([messages, tools], "the conversation")
+            if not all("content" in m for m in given):  # of tool calls; some templates want an empty text there
+                try:
+                    return self._applied([{"content": "", **m} for m in given], tools, generation, options)
+                except Exception:
+                    pass
             raise BadOption(f"{self.name} refuses this conversation: {one_line(error)}") from error
-        return found if messages else _first(found)
+
+    def _applied(self, given: list[dict[str, Any]], tools: Any, generation: bool, options: dict[str, Any]) -> Any:
+        found = self.tokenizer.apply_chat_template(
+            given or [given],  # only a batch may hold an empty conversation
+            tools=tools,
+            chat_template=self.template,
+            add_generation_prompt=generation,
+            **options,
+        )
+        return found if given else _first(found)
 
     def _given(self, message: Mapping[str, Any]) -> dict[str, Any]:
         made = {k: v for k, v in message.items() if k != "weight"}
