@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qft.errors import BadOption, NeedsCalibration
-
-Batch = dict[str, Any]
+from qft.calibration_checks import Batch, check, is_encoder_decoder
+from qft.errors import BadOption
+from qft.lengths import Positions, positions_of
+from qft.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Calibration:
 
     Args:
         data: texts, tokenised sequences or batches, a `datasets.Dataset`, a DataLoader, or any iterable of these. Of a
-            tuple of tensors the first is read, and its others are not: a mask needs a batch that is a dict.
+            tuple of tensors the first is read, and its others are not: a mask needs a batch that is a dict. A mask has the
+            shape of its token ids, (batch, sequence), and no sequence is longer than the model's positions.
         tokenizer: for texts.
         samples: sequences to read at most.
         length: tokens of a sequence that is cut from texts; no more than the model has positions for.
@@ -56,17 +58,19 @@ def batches(data: Any, tokenizer: Any = None, *, model: nn.Module | None = None,
 
     Raises:
         NeedsCalibration: no tokens: empty texts, an iterator that was read before, masks of zeros only.
-        BadOption: data of another kind, texts without a tokenizer, ids that the model has no embedding for, NaN.
+        BadOption: data of another kind, texts without a tokenizer, ids that the model has no embedding for, NaN, an
+            attention mask that does not fit its tokens, or a sequence longer than the model's positions.
     """
     if not isinstance(data, Calibration):
         data = Calibration(data, tokenizer, **settings)
     elif data.tokenizer is None:
         data = replace(data, tokenizer=tokenizer)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < data.length:
-        data = replace(data, length=positions)
+    positions = Positions(None, None) if model is None else positions_of(model)
+    longest = min((p for p in (positions.source, positions.target) if p is not None), default=data.length)
+    if longest < data.length:
+        data = replace(data, length=longest)
     found = list(_stacked(_items(data), data))
-    _check(found, model)
+    check(found, model, positions)
     return found
 
 
@@ -98,14 +102,17 @@ def _items(calibration: Calibration) -> Iterator[tuple[Batch, bool]]:
 
 def _windows(data: Iterable[Any], calibration: Calibration) -> Iterator[tuple[Batch, bool]]:
     pending: list[int] = []  # tokens of texts, not yet a window
-    cut = 0
+    cut = count = 0
+    tokens: Tokens | None = None
     for item in data:
         texts = _texts(item)
         if texts is None:
             yield _as_batch(item)
             continue
         for text in texts:
-            pending += _tokens(text, calibration.tokenizer)
+            count += 1
+            tokens = tokens or _tokenizer(calibration.tokenizer)
+            pending += _tokens(text, tokens, f"text {count} of the calibration data")
             while len(pending) >= calibration.length:
                 yield {"input_ids": torch.tensor(pending[: calibration.length])}, True
                 del pending[: calibration.length]
@@ -140,16 +147,20 @@ def _all(value: Any, kind: type) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, kind) for v in value)
 
 
-def _tokens(text: str, tokenizer: Any) -> list[int]:
+def _tokenizer(tokenizer: Any) -> Tokens:
     if tokenizer is None:
         raise BadOption("the calibration data is texts: pass tokenizer= too")
     if not callable(tokenizer):
         raise BadOption(f"tokenizer={tokenizer!r:.100} cannot be called: pass the tokenizer itself")
+    return Tokens(tokenizer)
+
+
+def _tokens(text: str, tokens: Tokens, where: str) -> list[int]:
     if not text.strip():
         return []
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    end = getattr(tokenizer, "eos_token_id", None)
-    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+    ids = tokens(text, where=where, verbose=False)
+    end = getattr(tokens.tokenizer, "eos_token_id", None)
+    return ids if end is None or tokens.ends(ids) else [*ids, end]
 
 
 def _as_batch(item: Any) -> tuple[Batch, bool]:
@@ -226,61 +237,11 @@ def _stacked(items: Iterable[tuple[Batch, bool]], calibration: Calibration) -> I
     yield from flush()
 
 
-def _check(found: list[Batch], model: nn.Module | None) -> None:
-    if not any(_counts(batch) for batch in found):
-        raise NeedsCalibration(
-            "the calibration data holds no tokens: it is empty, or an iterator that was read to its end before; give a "
-            "list, or a fresh iterator"
-        )
-    found[:] = [batch for batch in found if _counts(batch)]
-    size = _vocabulary(model) if model is not None else None
-    for batch in found:
-        for key, value in batch.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-                raise BadOption(f"the calibration data's {key} holds NaN or infinity")
-        for key in ("input_ids", "decoder_input_ids", *(["labels"] if _is_encoder_decoder(model) else [])):
-            ids = batch.get(key)
-            if ids is None or not ids.numel():
-                continue
-            if ids.is_floating_point() or ids.dtype == torch.bool:
-                raise BadOption(f"the calibration data's {key} are {ids.dtype}: token ids are integers")
-            ids = batch[key] = ids.long()
-            if key == "labels":  # what an encoder-decoder makes its decoder's ids of; -100 is one that does not count
-                ids = ids.masked_fill(ids == -100, 0)
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or (size is not None and high >= size):
-                raise BadOption(
-                    f"the calibration data's {key} hold the token id {low if low < 0 else high}, and the model has embeddings "
-                    f"for 0 to {size - 1 if size else '...'}: it was tokenised for another model"
-                )
-
-
-def _counts(batch: Batch) -> bool:
-    """Whether a batch holds anything to learn from."""
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and not mask.any():
-        return False
-    if "input_ids" in batch:
-        return batch["input_ids"].numel() > 0
-    return any(isinstance(v, Tensor) and v.numel() > 0 for k, v in batch.items() if k != "attention_mask")
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    try:
-        return model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
-
-
-def _is_encoder_decoder(model: nn.Module | None) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
 def call(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Any:
     """Run `model` on a batch of `batches`, without a cache; encoder-decoders read the input as their output too."""
     batch = {k: v.to(device) if isinstance(v, Tensor) and device is not None else v for k, v in batch.items()}
     config = getattr(model, "config", None)
-    if _is_encoder_decoder(model) and "input_ids" in batch:
+    if is_encoder_decoder(model) and "input_ids" in batch:
         if "decoder_input_ids" not in batch and "labels" not in batch:
             batch["decoder_input_ids"] = batch["input_ids"]
     if config is not None and hasattr(config, "use_cache"):

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from torch import nn
 
 from qft import marks
+from qft.classifiers import noted_classes
 from qft.codes import codes_fingerprint
 
 NOTE = "qft.json"
@@ -48,6 +49,7 @@ def note_of(record: marks.Record, base: nn.Module | None, stores_base: bool) -> 
             n: [list(shape), [float(f"{v:.6g}") for v in values]] for n, (shape, values) in record.fingerprint.items()
         },
         "codes": {} if base is None else codes_fingerprint(base),
+        **({} if base is None else noted_classes(base)),
     }
 
 

@@ -17,13 +17,14 @@ from torch import nn
 
 from qft import hf, marks
 from qft.backends.unquantized import is_float_linear
+from qft.classifiers import class_names, float_classifier, name_classes, with_new_head
 from qft.codes import codes_difference, codes_fingerprint
 from qft.devices import check_device, default_device, place
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
 from qft.experts import fused_weight
 from qft.guard import as_it_was, brief, rehearse_load
 from qft.hf import bare_layers, bare_state_dict, weight_conversions
-from qft.loading import check_tensors, load_quantized
+from qft.loading import check_tensors, load_quantized, stored_quantization
 from qft.lora.exact import merge_exactly
 from qft.lora.layer import DequantizedForward
 from qft.lora.merges import Merging
@@ -87,6 +88,11 @@ def load_adapter(
             )
         config.init_lora_weights = True
     starts = read_starts(folder, adapter_shapes(folder)) if is_lora(config) else {}
+    if isinstance(base, nn.Module) and _missing_head(base, folder, config):
+        raise AdapterMismatch(
+            f"this adapter holds the head of a classifier, and the base is a {type(base).__name__}: load the base with "
+            "AutoModelForSequenceClassification, or give its folder"
+        )
     if isinstance(base, nn.Module) and hf.adopt(base) is None:
         if note is None:
             raise BadOption(
@@ -94,6 +100,10 @@ def load_adapter(
             )
         _check_float_base(folder, base, config, note)
     model = _base_for(folder, base, config, note, kwargs)
+    if hf.adopt(model) is not None and (heads := _missing_head(model, folder, config)):
+        model = with_new_head(model, class_names((note or {}).get("classes"), _classes(heads)))
+    elif note is not None and not isinstance(base, nn.Module):
+        name_classes(model, note.get("classes"))
     record = hf.adopt(model)
     if record is None:
         raise BadOption("the base is a float model and the folder does not say how to quantize it: quantize it first")
@@ -164,6 +174,27 @@ def check_codes(folder: Path, note: dict[str, Any], model: nn.Module, record: ma
         )
 
 
+def _heads(folder: Path, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """The layers of a classifier's head that an adapter holds, and the shapes of their weights."""
+    if config.task_type != "SEQ_CLS":
+        return {}
+    stored = {n.removeprefix("base_model.model."): shape for n, shape in adapter_shapes(folder).items()}
+    found = {
+        n: shape for n, shape in stored.items() if n.split(".")[0] in ("score", "classifier") and ".lora_" not in n
+    }
+    return {n.rpartition(".")[0]: shape for n, shape in found.items() if len(shape) == 2}
+
+
+def _missing_head(model: nn.Module, folder: Path, config: PeftConfig) -> list[tuple[int, ...]]:
+    """The shapes of a head that an adapter holds and a base lacks: PEFT would leave it out without a word."""
+    here = {name for name, _ in model.named_modules()}
+    return [shape for name, shape in _heads(folder, config).items() if name not in here]
+
+
+def _classes(shapes: Iterable[tuple[int, ...]]) -> int:
+    return min(shape[0] for shape in shapes)
+
+
 def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: dict[str, Any]) -> None:
     """Everything that can be wrong, before a float base is quantized as the saved one was."""
     quantizers = {n: q for n, q in _spec_of(note).quantizers.items() if q is not None}
@@ -227,7 +258,12 @@ def _given_base(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any
     if spec is None:
         device = check_device(kwargs.pop("device", None)) or default_device()
         return load_quantized(os.fspath(base), None, device, False, **kwargs)
-    return quantize_as(os.fspath(base), spec, progress=False, device=kwargs.pop("device", None), load_options=kwargs)
+    device = kwargs.pop("device", None)
+    heads = _heads(folder, config)
+    if heads and stored_quantization(os.fspath(base), kwargs) is None:
+        model = float_classifier(os.fspath(base), _classes(heads.values()), kwargs)
+        return quantize_as(model, spec, progress=False, device=device or default_device())
+    return quantize_as(os.fspath(base), spec, progress=False, device=device, load_options=kwargs)
 
 
 def _spec_of(note: dict[str, Any]) -> Spec:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.errors import BadFolder, BadOption, MissingDependency, NeedsCalibration, QftError
+from qft.messages import ChatTemplate, check_text, conversation, tools_of, with_system
 from qft.paths import check_path
 from qft.saying import one_line
 
@@ -212,31 +213,6 @@ def _parquet(raw: bytes, file: Path, error: type[QftError], table: Callable[[Any
         raise error(f"{file} is no parquet file, or is damaged: {line}") from failure
 
 
-def conversation(value: Any) -> Any:
-    """Messages as a list, where they are one.
-
-    CSV files hold them as JSON. Parquet and data sets fill absent keys with None, which templates take for values.
-    """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return value
-    if not isinstance(value, list | tuple):
-        return value
-    return [{k: v for k, v in m.items() if v is not None} if isinstance(m, Mapping) else m for m in value]
-
-
-def tools_of(row: Mapping[str, Any]) -> Any:
-    """The tools that a row offers in its conversation, which its template writes out; None where there are none.
-
-    Raises:
-        ValueError: they are text that is no JSON.
-    """
-    tools = row.get("tools")
-    return json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
-
-
 # ---- texts for calibration ---------------------------------------------------------------------------------
 
 
@@ -253,12 +229,14 @@ def read_texts(path: Any, tokenizer: Any = None) -> list[str]:
     found = read_rows(path, {dict: f"an object with {FORMS}", str: "a text"})
     if found.skipped:
         raise BadOption(found.skipped[0])
+    template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     texts = []
     for i, row in enumerate(found.rows):
         try:
-            text = _text(row, tokenizer)
-        except Exception as error:  # templates raise what they like
-            raise BadOption(f"{found.where(i)}: the chat template refuses it: {one_line(error)}") from error
+            text = _text(row, template)
+            check_text(text, "a text of it")
+        except BadOption as error:
+            raise BadOption(f"{found.where(i)}: {error}") from error
         if text is None:
             raise BadOption(f"{found.where(i)}: has {', '.join(row) or 'nothing'}, and a row has {FORMS}")
         texts += text.replace("\r\n", "\n").split("\n\n") if found.source.lower().endswith(".txt") else [text]
@@ -268,7 +246,7 @@ def read_texts(path: Any, tokenizer: Any = None) -> list[str]:
     return texts
 
 
-def _text(row: Any, tokenizer: Any) -> str | None:
+def _text(row: Any, template: ChatTemplate | None) -> str | None:
     if isinstance(row, str):
         return row
     if isinstance(row.get("text"), str):
@@ -280,6 +258,11 @@ def _text(row: Any, tokenizer: Any) -> str | None:
         isinstance(m, dict) and m.keys() & {"content", "tool_calls"} for m in messages
     ):
         return None
-    if getattr(tokenizer, "chat_template", None) and messages:
-        return tokenizer.apply_chat_template(messages, tools=tools_of(row), tokenize=False)
-    return "\n".join(str(m.get("content", "")) for m in messages)
+    messages = with_system(messages, row)
+    if template is None or not messages:
+        return "\n".join(str(m.get("content", "")) for m in messages)
+    try:
+        tools = tools_of(row)
+    except ValueError:
+        raise BadOption("'tools' is text that is not JSON") from None
+    return template.text(messages, tools)

@@ -14,7 +14,7 @@ from qft.autopilot.choice import Choice, choose, held_out_share, limit_of
 from qft.autopilot.folder import SMOLLM, base_of, check_digests, check_folder, write_note
 from qft.autopilot.reasons import Decision
 from qft.errors import BadOption, QftWarning, UnsupportedOperation
-from qft.loading import read_config
+from qft.loading import read_config, stored_quantization
 from qft.paths import check_model_path
 
 _UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
@@ -225,12 +225,18 @@ def _prepare(config: Any, asked: dict[str, Any]) -> Any:
 
     train, valid = read_data(config.data_path, config.train_split, config.valid_split)
     _check_task(train, config)
+    stored = stored_quantization(check_model_path(config.model), {})
+    if stored is not None:
+        raise UnsupportedOperation(
+            f"model: {config.model} is quantized already ({stored}), and qft auto chooses the quantizer and compares with the "
+            "float model: give that, or use qft train, which trains adapters over the folder as it is"
+        )
     prepared = prepare(config if valid is not None else config.replace(eval_share=held_out_share(len(train))))
     return prepared
 
 
 def _check_task(train: Any, config: Any) -> None:
-    from qft.training.encoding import recognise
+    from qft.training.columns import recognise
 
     task, _ = recognise(train.columns, read_config(check_model_path(config.model), {}), config)
     if task != "causal-lm":

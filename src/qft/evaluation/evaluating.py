@@ -23,6 +23,7 @@ from qft.evaluation.measure import check_model, measure
 from qft.evaluation.result import Evaluation
 from qft.evaluation.sequences import Sequence as Tokens
 from qft.evaluation.sequences import sequences as cut
+from qft.lengths import positions_of
 from qft.opening import open_model
 from qft.paths import check_model_path
 
@@ -157,9 +158,8 @@ def _adapted(model: nn.Module) -> bool:
 
 
 def _length(asked: int | None, model: nn.Module) -> int:
-    config = getattr(marks.base_model(model), "config", None)
-    positions = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
-    most = next((p for p in positions if isinstance(p, int) and p > 1), None)
+    positions = positions_of(marks.base_model(model))
+    most = min((p for p in (positions.source, positions.target) if p is not None), default=None)
     if asked is None:
         return min(LENGTH, most or LENGTH)
     if most is not None and asked > most:

@@ -9,6 +9,8 @@ from typing import Any
 
 from qft.errors import BadOption, BadShape
 from qft.loss import IGNORE
+from qft.messages import ChatTemplate, conversation, learnt_turns, pieces, tool_names
+from qft.tokens import encoded
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -29,7 +31,8 @@ class Chat:
     """Messages → token ids and labels, with the loss on the assistant's answers and on the token that ends them.
 
     A template with `{% generation %}` marks its answers itself. Without it, an answer is what the conversation has
-    beyond the same one with the generation prompt in the answer's place, up to the token that ends the turn.
+    beyond the same one with the generation prompt in the answer's place, up to the token that ends the turn. The text
+    of every answer that should be learnt is then looked up among the learnt tokens.
 
     Attributes:
         end: the id of the token that ends an answer, or None where the template has none.
@@ -42,6 +45,7 @@ class Chat:
     def __init__(self, tokenizer: Any, loss_on: str = "answers", template: str | None = None):
         self.tokenizer, self.loss_on = tokenizer, loss_on
         self.template = _template(tokenizer, template)
+        self.chat_template = ChatTemplate(tokenizer, self.template)
         self.marks = bool(_GENERATION.search(self.template))
         self.findings: list[str] = []
         self.special = set(tokenizer.all_special_ids)
@@ -53,40 +57,91 @@ class Chat:
         """Token ids and labels of one conversation; labels are -100 where nothing is learnt.
 
         Raises:
-            BadOption: in this conversation the answers' tokens cannot be told from the others.
+            BadOption: in this conversation the answers' tokens cannot be told from the others, or an answer is not
+                among them.
         """
-        if self.loss_on == "all":
-            ids = self._ids(messages, tools)
-            return ids, list(ids)
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        if self.marks:
-            ids, labels = self._marked(messages, tools)
-            if self.loss_on == "last_answer":
-                first = len(self._ids(messages[: answers[-1]], tools, generation=True))
-                labels = [IGNORE if i < first else label for i, label in enumerate(labels)]
-            return ids, labels
-        ids = self._ids(messages, tools)
-        labels = [IGNORE] * len(ids)
-        for i in answers if self.loss_on == "answers" else answers[-1:]:
-            before = self._ids(messages[:i], tools, generation=True)
-            after = ids if i == len(messages) - 1 else self._ids(messages[: i + 1], tools)
-            if ids[: len(before)] != before or ids[: len(after)] != after or len(after) <= len(before):
-                raise BadOption(
-                    "the chat template renders earlier turns in another way once others follow, so that the answer's tokens "
-                    "cannot be told: mark them with {% generation %} in a template of your own (chat_template=), or "
-                    "loss_on='last_answer'"
-                )
-            stop = self._end_of(after, len(before))
-            labels[len(before) : stop] = ids[len(before) : stop]
+        messages = conversation(messages)
+        ids, labels = self._encoded(messages, tools)
+        self._check_learnt([messages[i] for i in learnt_turns(messages, self.loss_on)], labels)
+        self._check_tools(ids, tools)
         return ids, labels
 
     def completion(
         self, prompt: Sequence[dict[str, Any]], answer: Sequence[dict[str, Any]], tools: Any = None
     ) -> tuple[list[int], list[int]]:
-        """The same of a conversation of which only the last messages are learnt."""
-        ids, labels = self([*prompt, *answer], tools)
-        start = len(self._ids(prompt, tools, generation=True))
-        return ids, [IGNORE if i < start else label for i, label in enumerate(labels)]
+        """The same of a conversation of which only the last messages are learnt; all of it with loss_on="all"."""
+        messages, first = conversation([*prompt, *answer]), len(prompt)
+        ids, labels = self._encoded(messages, tools, first)
+        turns = [i for i in learnt_turns(messages, self.loss_on) if i >= first or self.loss_on == "all"]
+        self._check_learnt([messages[i] for i in turns], labels)
+        self._check_tools(ids, tools)
+        return ids, labels
+
+    def _encoded(
+        self, messages: Sequence[dict[str, Any]], tools: Any = None, first: int = 0
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and labels, with the loss on answers from the message `first` on."""
+        ids, runs = self._marked(messages, tools) if self.marks else (self._ids(messages, tools), [])
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        spans = dict(zip(answers, runs)) if len(runs) == len(answers) else {}
+
+        def span(turn: int) -> tuple[int, int]:
+            return spans[turn] if turn in spans else self._span(messages, turn, ids, tools)
+
+        turns = learnt_turns(messages, self.loss_on)
+        if self.loss_on == "all":
+            labels = list(ids)
+            for turn in answers:
+                if turn not in turns:
+                    start, stop = span(turn)
+                    labels[start:stop] = [IGNORE] * (stop - start)
+            return ids, labels
+        turns = [turn for turn in turns if turn >= first]
+        labels = [IGNORE] * len(ids)
+        for start, stop in runs if self.marks and turns == answers else map(span, turns):
+            labels[start:stop] = ids[start:stop]
+        return ids, labels
+
+    def _span(self, messages: Sequence[dict[str, Any]], turn: int, ids: list[int], tools: Any) -> tuple[int, int]:
+        """Where an answer lies, by what the conversation up to it has beyond its prompt."""
+        before = self._tokens(self.chat_template.before(messages, turn, tools))
+        after = ids if turn == len(messages) - 1 else self._ids(messages[: turn + 1], tools)
+        if ids[: len(before)] != before or ids[: len(after)] != after or len(after) <= len(before):
+            raise BadOption(
+                "the chat template renders earlier turns in another way once others follow, so that the answer's tokens "
+                "cannot be told: mark them with {% generation %} in a template of your own (chat_template=), or "
+                "loss_on='last_answer'"
+            )
+        return len(before), self._end_of(after, len(before))
+
+    def _check_learnt(self, answers: Sequence[dict[str, Any]], labels: Sequence[int]) -> None:
+        """Look the text of each answer up among the learnt tokens, apart from blanks, which templates may change."""
+        learnt, at = self._decode([label for label in labels if label != IGNORE]), 0
+        for answer in answers:
+            ends = [at]
+            for text in pieces(answer):
+                found, wanted = learnt.find(_bare(text), at), _bare(text)
+                if found < 0:  # the tokenizer may write characters in another way, or not know them
+                    wanted = self._decoded(text)
+                    found = learnt.find(wanted, at)
+                if found < 0:
+                    raise BadOption(
+                        f"{shortened(text)!r} of an answer is not among the learnt tokens: {self.chat_template.name} drops "
+                        "or changes it; give a template that writes it out (chat_template=), or remove it from the data"
+                    )
+                ends.append(found + len(wanted))
+            at = max(ends) if not answer.get("tool_calls") else at
+
+    def _check_tools(self, ids: list[int], tools: Any) -> None:
+        """Refuse tools that the template does not write out."""
+        names = tool_names(tools)
+        text = self._decode(ids) if names else ""
+        lost = next((n for n in names if not (_bare(n) in text or self._decoded(n) in text)), None)
+        if lost is not None:
+            raise BadOption(
+                f"{self.chat_template.name} does not write out the tool {lost!r}: give a template that knows tools "
+                "(chat_template=), or remove 'tools' from the data"
+            )
 
     def _end_of(self, ids: list[int], start: int) -> int:
         """Where what is learnt of ids[start:] stops: behind the special token that only blanks follow, if any."""
@@ -97,37 +152,41 @@ class Chat:
                 break
         return len(ids)
 
-    def _ids(self, messages: Sequence[dict[str, Any]], tools: Any, generation: bool = False) -> list[int]:
-        return list(self._render(messages, tools, add_generation_prompt=generation)["input_ids"])
+    def _tokens(self, text: str) -> list[int]:
+        return list(encoded(self.tokenizer, text, "the conversation", add_special_tokens=False)["input_ids"])
 
-    def _render(self, messages: Sequence[dict[str, Any]], tools: Any, **options: Any) -> Any:
-        import jinja2
+    def _decode(self, ids: Sequence[int]) -> str:
+        return _bare(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, chat_template=self.template, tokenize=True, return_dict=True, **options
-            )
-        except (jinja2.TemplateError, TypeError) as error:  # roles that it does not take, such as a system's
-            raise BadOption(f"the chat template refuses this conversation: {error}") from error
+    def _decoded(self, text: str) -> str:
+        """A text as the tokenizer gives it back."""
+        return self._decode(self._tokens(text))
 
-    def _marked(self, messages: Sequence[dict[str, Any]], tools: Any) -> tuple[list[int], list[int]]:
-        out = self._render(messages, tools, return_assistant_tokens_mask=True)
-        ids = list(out["input_ids"])
-        return ids, [i if m else IGNORE for i, m in zip(ids, out["assistant_masks"])]
+    def _ids(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[int]:
+        return self._tokens(self.chat_template.text(messages, tools))
+
+    def _marked(self, messages: Sequence[dict[str, Any]], tools: Any) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and where the tokens lie that the template marks, run by run."""
+        out = self.chat_template.render(
+            messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = [0, *out["assistant_masks"], 0]
+        starts = [i for i in range(len(mask) - 1) if mask[i + 1] and not mask[i]]
+        stops = [i for i in range(len(mask) - 1) if mask[i] and not mask[i + 1]]
+        return list(out["input_ids"]), list(zip(starts, stops))
 
     def _probe(self) -> None:
         """Learn how the template ends a turn; refuse it where it cannot be used."""
         try:
-            ids, labels = self(PROBE)
+            ids, labels = self._encoded(PROBE)
         except BadOption:
             # where several answers cannot be told, one may
-            ids, labels = self(PROBE if self._take_trls() else PROBE[:2])
+            ids, labels = self._encoded(PROBE if self._take_trls() else PROBE[:2])
         learnt = [i for i, label in enumerate(labels) if label != IGNORE]
         if not learnt:
             raise BadOption("the chat template's {% generation %} marks no token: put it around the assistant's answer")
         text = self.tokenizer.decode([ids[i] for i in learnt])
-        bare = "".join(text.split())  # some tokenizers put blanks between tokens
-        if not any("".join(PROBE[i]["content"].split()) in bare for i in (1, 3)):
+        if not any(_bare(PROBE[i]["content"]) in _bare(text) for i in (1, 3)):
             raise BadOption(f"the chat template does not show the answer among what is learnt, which is {text!r}")
         tail = next((i for i in reversed(learnt) if self.tokenizer.decode([ids[i]]).strip()), learnt[-1])
         if ids[tail] in self.special:
@@ -153,7 +212,17 @@ class Chat:
         if not template or not _GENERATION.search(template):
             return False
         self.template, self.marks = template, True
+        self.chat_template = ChatTemplate(self.tokenizer, template)
         return True
+
+
+def _bare(text: str) -> str:
+    """Without blanks: some tokenizers put them between tokens."""
+    return "".join(text.split())
+
+
+def shortened(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _template(tokenizer: Any, template: str | None) -> str:

@@ -82,13 +82,13 @@ class TrainConfig:
         eval_share: the share of the training rows that is held out for the evaluation where there is no such split.
         text_column, messages_column, prompt_column, completion_column, label_column, images_column: of the data.
         chat_template: None: the tokenizer's own. "chatml", a file with a Jinja template, or the template itself.
-        loss_on: of chats: "answers" of the assistant, the "last_answer", or "all" tokens.
-        skip_bad_rows: skip and count rows that cannot be read or used, instead of refusing.
+        loss_on: of chats: "answers" of the assistant, the "last_answer", or "all" tokens; of prompts: "all" learns them, too.
+        skip_bad_rows: skip and count rows that cannot be read or used, or that the tokenizer refuses, instead of refusing.
         max_length: tokens of a sequence. too_long: what to do with longer rows; those cut or skipped are counted.
         packing: lay the sequences of a batch end to end instead of padding them; the numbers stay the same.
         peft: train LoRA adapters. False trains all weights, in 16 or 32 bit: `quantization` does not apply.
         quantization: what `qft.quantize` takes, as text or a mapping by module; also "int4" (nf4) and "int8". None: LoRA
-            over the float model.
+            over the float model, or over a folder that is quantized already.
         lora_r, lora_alpha, lora_dropout, target_modules, init: the adapter; `init` as `qft.wrap` takes it, by name.
         calibration_samples: training rows for quantizers and inits that need data.
         dtype: of the float weights; "auto": bfloat16 on accelerators that have it, else float32.

@@ -8,12 +8,12 @@ from typing import Any
 
 from qft.errors import BadOption, BadShape
 from qft.loss import IGNORE
-from qft.rows import Rows, conversation, tools_of
+from qft.messages import check_text, conversation, tools_of, with_system
+from qft.rows import Rows
+from qft.tokens import Tokens
 from qft.training.checks import Chat
+from qft.training.columns import Pair, Unusable, check_meaning, label_name, text_of
 from qft.training.config import TrainConfig
-
-TARGETS = ("target", "summary", "output", "answer", "response")
-SOURCES = ("source", "input", "question", "instruction")
 
 
 @dataclass
@@ -58,82 +58,46 @@ class Encoded:
     skipped: list[str] = field(default_factory=list)
 
 
-def recognise(columns: Sequence[str], model: Any, config: TrainConfig) -> tuple[str, str]:
-    """The task and the format of the data ("chat", "prompt", "text"), by the columns and the model's config.
+Encoder = Callable[[dict[str, Any]], dict[str, Any]]
+"""Makes of a row what a trainer takes; raises `Unusable` or `BadOption` where it cannot."""
 
-    Raises:
-        BadOption: there is no column that the task needs.
+
+@dataclass(frozen=True)
+class Limit:
+    """How many tokens a row may have.
+
+    Attributes:
+        source: of what the model reads. target: of what an encoder-decoder writes.
+        cut: cuts the token ids that are read; None keeps the first ones.
     """
-    has = set(columns)
-    task = config.task
-    if task == "auto":
-        architectures = getattr(model, "architectures", None) or ()
-        if any("SequenceClassification" in a for a in architectures):
-            task = "classification"
-        elif getattr(model, "is_encoder_decoder", False):
-            task = "seq2seq"
-        elif config.images_column in has:
-            task = "vision-language"
-        elif {config.text_column, config.label_column} <= has and config.messages_column not in has:
-            task = "classification"
-        else:
-            task = "causal-lm"
-    if task == "classification":
-        return task, _need(has, task, "text", {config.text_column, config.label_column})
-    if task == "vision-language":
-        return task, _need(has, task, "chat", {config.messages_column, config.images_column})
-    if config.messages_column in has and task == "causal-lm":
-        return task, "chat"
-    if pair_of(has, config, task) is not None:
-        return task, "prompt"
-    if config.text_column in has and task == "causal-lm":
-        return task, "text"
-    wanted = f"{config.prompt_column!r} and {config.completion_column!r}"
-    if task == "causal-lm":
-        wanted = f"{config.messages_column!r}, {wanted}, or {config.text_column!r}"
-    raise BadOption(
-        f"the data has the columns {_list(columns)}, and {task} reads {wanted}: name yours with the *_column options"
-    )
+
+    source: int
+    target: int
+    cut: Callable[[list[int], int], list[int]] | None = None
+
+    def over(self, made: dict[str, Any]) -> tuple[int, int] | None:
+        """The tokens of a row, and the limit that they are over; None for a row that fits."""
+        labels = made.get("labels")
+        if len(made.get("input_ids", ())) > self.source:
+            return len(made["input_ids"]), self.source
+        if isinstance(labels, list) and len(labels) > self.target:
+            return len(labels), self.target
+        return None
+
+    def apply(self, made: dict[str, Any]) -> dict[str, Any]:
+        ids, labels = made["input_ids"], made["labels"]
+        ids = ids[: self.source] if self.cut is None else self.cut(ids, self.source)
+        return {**made, "input_ids": ids, "labels": labels[: self.target] if isinstance(labels, list) else labels}
 
 
-def _need(has: set[str], task: str, form: str, wanted: set[str]) -> str:
-    missing = sorted(wanted - has)
-    if missing:
-        raise BadOption(
-            f"the data has the columns {_list(sorted(has))}, and {task} reads {' and '.join(map(repr, sorted(wanted)))}: there "
-            f"is no {' and no '.join(map(repr, missing))}; name yours with the *_column options"
-        )
-    return form
-
-
-def _list(columns: Sequence[str]) -> str:
-    return ", ".join(map(repr, columns)) or "none"
-
-
-def pair_of(has: set[str], config: TrainConfig, task: str) -> tuple[str, str] | None:
-    """The columns of prompt and completion; encoder-decoders also read what is usual for them."""
-    if {config.prompt_column, config.completion_column} <= has:
-        return config.prompt_column, config.completion_column
-    if task == "seq2seq":
-        source = next((n for n in (config.prompt_column, config.text_column, *SOURCES) if n in has), None)
-        target = next((n for n in (config.completion_column, *TARGETS) if n in has), None)
-        if source and target:
-            return source, target
-    return None
-
-
-class Unusable(Exception):
-    """Why a row cannot be used."""
-
-
-def encode(
-    rows: Rows, one: Callable[[dict[str, Any]], dict[str, Any]], config: TrainConfig, limit: int | None
-) -> Encoded:
-    """Every row by `one`, cut to `limit` tokens.
+def encode(rows: Rows, one: Encoder, config: TrainConfig, limit: int | Limit | None) -> Encoded:
+    """Encode every row with `one`, and cut it to `limit` tokens.
 
     Raises:
         BadOption: a row that cannot be used, with its place. BadShape: a row that is too long, where that is refused.
     """
+    if isinstance(limit, int):
+        limit = Limit(limit, limit)
     out = Encoded(skipped=list(rows.skipped))
     for index, row in enumerate(rows.rows):
         try:
@@ -145,17 +109,19 @@ def encode(
                 ) from error
             out.skipped.append(f"{rows.where(index)}: {error}")
             continue
-        length = len(made.get("input_ids", ()))
-        labels = made.get("labels")
-        longest = max(length, len(labels)) if isinstance(labels, list) else length
-        if limit is not None and longest > limit:
+        over = None if limit is None else limit.over(made)
+        if limit is not None and over is not None:
             if config.too_long == "refuse":
-                raise BadShape(f"{rows.where(index)} has {longest} tokens, and max_length is {limit}")
+                most = f"max_length is {over[1]}"
+                if over[1] < config.max_length:
+                    most = f"the model takes {over[1]}"
+                raise BadShape(f"{rows.where(index)} has {over[0]} tokens, and {most}")
             if config.too_long == "skip":
                 out.counts.too_long += 1
                 continue
-            made = {k: v[:limit] if isinstance(v, list) else v for k, v in made.items()}
-            if isinstance(labels, list) and all(label == IGNORE for label in made["labels"]):
+            made = limit.apply(made)
+            labels = made.get("labels")
+            if isinstance(labels, list) and all(label == IGNORE for label in labels):
                 out.counts.without_answer += 1
                 continue
             out.counts.truncated += 1
@@ -171,104 +137,89 @@ def encode(
     return out
 
 
-def chat(encoder: Chat, config: TrainConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def chat(encoder: Chat, config: TrainConfig) -> Encoder:
     """Conversations, with the loss on the answers."""
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
+        check_meaning(row)
         ids, labels = encoder(messages_of(row, config), _tools(row))
         return _learning(ids, labels)
 
     return one
 
 
-def prompt(
-    tokenizer: Any, columns: tuple[str, str], encoder: Callable[[], Chat]
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def prompt(tokenizer: Any, columns: Pair, encoder: Callable[[], Chat], loss_on: str = "answers") -> Encoder:
     """Prompt and completion, as text or as messages, with the loss on the completion and the token that ends it."""
-    source, target = columns
+    tokens, target = Tokens(tokenizer), columns.target
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
+        check_meaning(row)
         if isinstance(row.get(target), list):
-            before, after = checked_messages(row.get(source), source, False), checked_messages(row[target], target)
-            return _learning(*encoder().completion(before, after, _tools(row)))
-        text, answer = text_of(row, source, empty=True), text_of(row, target)
-        before = list(tokenizer(text)["input_ids"])
-        whole = list(tokenizer(text + answer)["input_ids"])
+            source = columns.single_source()
+            said = with_system(checked_messages(row.get(source), source, False), row)
+            return _learning(*encoder().completion(said, checked_messages(row[target], target), _tools(row)))
+        text, answer = columns.text(row, empty=True), text_of(row, target)
+        before = tokens(text)
+        ids = tokens(text + answer)
         # tokenizers that end every text with a token would have one in the middle
-        start = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
-        if tokenizer.eos_token_id is not None and (not whole or whole[-1] != tokenizer.eos_token_id):
-            whole.append(tokenizer.eos_token_id)
-        return _learning(whole, [IGNORE] * start + whole[start:])
+        start = next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
+        if tokenizer.eos_token_id is not None and not tokens.ends(ids):
+            ids.append(tokenizer.eos_token_id)
+        return _learning(ids, list(ids) if loss_on == "all" else [IGNORE] * start + ids[start:])
 
     return one
 
 
-def text(tokenizer: Any, column: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def text(tokenizer: Any, column: str) -> Encoder:
     """Plain text: every token is learnt, and where it ends."""
+    tokens = Tokens(tokenizer)
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
-        ids = list(tokenizer(text_of(row, column))["input_ids"])
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = tokens(text_of(row, column))
+        if tokenizer.eos_token_id is not None and not tokens.ends(ids):
             ids.append(tokenizer.eos_token_id)
         return _learning(ids, list(ids))
 
     return one
 
 
-def seq2seq(tokenizer: Any, columns: tuple[str, str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def seq2seq(tokenizer: Any, columns: Pair) -> Encoder:
     """What an encoder reads, and what a decoder is to write."""
-    source, target = columns
+    tokens = Tokens(tokenizer)
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
-        ids = list(tokenizer(text_of(row, source))["input_ids"])
-        labels = list(tokenizer(text_target=text_of(row, target))["input_ids"])
-        if tokenizer.eos_token_id is not None and labels[-1:] != [tokenizer.eos_token_id]:
+        ids = tokens(columns.text(row), where="what the encoder reads")
+        labels = tokens.target(text_of(row, columns.target), where=repr(columns.target))
+        if tokenizer.eos_token_id is not None and not tokens.ends(labels):
             labels.append(tokenizer.eos_token_id)
         return {"input_ids": ids, "labels": labels}
 
     return one
 
 
-def classification(tokenizer: Any, config: TrainConfig, names: list[Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def classification(tokenizer: Any, config: TrainConfig, names: Sequence[str]) -> Encoder:
     """A text and the index of its label."""
-    index = {str(name): i for i, name in enumerate(names)}
+    tokens, index = Tokens(tokenizer), {name: i for i, name in enumerate(names)}
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
         label = row.get(config.label_column)
-        if str(label) not in index:
-            raise Unusable(f"the label {label!r} is none of {', '.join(index)}")
-        return {
-            "input_ids": list(tokenizer(text_of(row, config.text_column))["input_ids"]),
-            "labels": index[str(label)],
-        }
+        name = label_name(label)
+        if name not in index:
+            raise Unusable(f"the label {label!r} is none of {', '.join(map(repr, index))}")
+        ids = tokens(text_of(row, config.text_column), where=repr(config.text_column))
+        return {"input_ids": ids, "labels": index[name]}
 
     return one
 
 
-def labels_of(rows: Rows, column: str) -> list[Any]:
-    """The labels that occur, in order: integers by size, names by the alphabet."""
-    found = {row[column] for row in rows.rows if isinstance(row.get(column), str | int) and row[column] != ""}
-    if all(isinstance(x, int) or x.lstrip("-").isdecimal() for x in found):
-        return sorted(found, key=int)
-    return sorted(found, key=str)
+def messages_of(row: dict[str, Any], config: TrainConfig, *, flatten: bool = True) -> list[dict[str, Any]]:
+    found = checked_messages(row.get(config.messages_column), config.messages_column, flatten=flatten)
+    return with_system(found, row)
 
 
-def text_of(row: dict[str, Any], column: str, empty: bool = False) -> str:
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise Unusable(f"{column!r} is {'missing' if value is None else f'{type(value).__name__}, not text'}")
-    if not empty and not value.strip():
-        raise Unusable(f"{column!r} is empty")
-    return value
-
-
-def messages_of(row: dict[str, Any], config: TrainConfig) -> list[dict[str, Any]]:
-    return checked_messages(row.get(config.messages_column), config.messages_column)
-
-
-def checked_messages(value: Any, column: str, answered: bool = True) -> list[dict[str, Any]]:
-    """A conversation: mappings with role and content."""
-    value = conversation(value)
+def checked_messages(value: Any, column: str, answered: bool = True, *, flatten: bool = True) -> list[dict[str, Any]]:
+    """A conversation in the normal form: mappings with role and content."""
+    value = conversation(value, column, flatten=flatten)
     if isinstance(value, str):
         raise Unusable(f"{column!r} is text that is no JSON list of messages")
     if not isinstance(value, list) or not value:
@@ -282,6 +233,7 @@ def checked_messages(value: Any, column: str, answered: bool = True) -> list[dic
         blank = not content.strip() if isinstance(content, str) else not content
         if message["role"] == "assistant" and blank and not message.get("tool_calls"):
             raise Unusable(f"{column!r}[{i}]: the answer is empty")
+        check_text(message, f"{column!r}[{i}]")
     if answered and not any(m["role"] == "assistant" for m in value):
         raise Unusable(f"{column!r} has no message of the assistant: there is nothing to learn")
     return value
@@ -291,7 +243,7 @@ def _tools(row: dict[str, Any]) -> Any:
     try:
         return tools_of(row)
     except ValueError:
-        raise Unusable("'tools' is text that is no JSON") from None
+        raise Unusable("'tools' is text that is not JSON") from None
 
 
 def _learning(ids: list[int], labels: list[int]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from qft.errors import BadFolder, BadOption
 from qft.training.config import TrainConfig, fields
 
 NOTE = "training.json"
+LOCK = ".lock"
 PARTIAL = ".partial-"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 FREE = (
@@ -105,6 +106,13 @@ class RunFolder:
         except OSError as error:
             raise BadFolder(f"project_name: cannot write to {self.path}: {error.strerror or error}") from error
 
+    def abandon(self) -> None:
+        """Undo `begin` for a run that was refused, so that the folder does not keep its settings."""
+        for name in (NOTE, LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # something else is in it
+            self.path.rmdir()
+
     def write(self, note: dict[str, Any]) -> None:
         """Put this in the place of the note, whole or not at all."""
         partial = self.path / f"{PARTIAL}note"
@@ -169,7 +177,7 @@ class RunFolder:
         except ImportError:  # Windows
             yield
             return
-        lock = self.path / ".lock"
+        lock = self.path / LOCK
         with open(lock, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,16 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qft.errors import BadFolder, QftWarning, UnsupportedOperation
+from qft.errors import AlreadyQuantized, BadFolder, QftWarning, UnsupportedOperation
 from qft.saying import first_sentence
-from qft.training.setup import Prepared
+from qft.training.setup import AUTO, Prepared
 
-AUTO = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-    "vision-language": "AutoModelForImageTextToText",
-}
 PEFT_TASK = {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS", "vision-language": None}
 
 
@@ -95,6 +89,8 @@ def load_model(prepared: Prepared) -> nn.Module:
     config = prepared.config
     if not config.peft:
         model = _float_model(prepared).to(prepared.device)
+    elif prepared.stored is not None:
+        model = _over_stored(prepared)
     elif config.quantization is None:
         model = _lora_over_floats(prepared)
     else:
@@ -103,6 +99,39 @@ def load_model(prepared: Prepared) -> nn.Module:
         memory: Any = config.memory
         qft.optimize_training(model, memory=int(memory) if isinstance(memory, float) and memory > 1 else memory)
     return model
+
+
+def _over_stored(prepared: Prepared) -> nn.Module:
+    """Adapters over a folder that is quantized already."""
+    import qft
+    from qft.training.stored import load_stored
+
+    config, labels = prepared.config, prepared.labels if prepared.task == "classification" else None
+    model = load_stored(config, prepared.device, float_dtype(prepared), labels, **_attention_options(prepared))
+    _set_padding(model, prepared)
+    if config.quantization is not None:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*quantized in that way already")
+                model = qft.quantize(model, config.quantization, progress=False)
+        except AlreadyQuantized as error:
+            raise AlreadyQuantized(
+                f"model: {config.model} is quantized ({prepared.stored}), and quantization={config.quantization!r} was "
+                f"asked for: quantization=None trains adapters over it as it is ({error})"
+            ) from error
+    qft.prepare_model_for_kbit_training(model, config.gradient_checkpointing)
+    return qft.wrap(model, adapter_of(prepared))
+
+
+def _attention_options(prepared: Prepared) -> dict[str, Any]:
+    implementation = attention(prepared)
+    return {} if implementation is None else {"attn_implementation": implementation}
+
+
+def _set_padding(model: Any, prepared: Prepared) -> None:
+    """A classifier of a decoder reads the last token that is not padding."""
+    if prepared.task == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = prepared.tokenizer.pad_token_id
 
 
 def _quantized(prepared: Prepared) -> nn.Module:
@@ -114,10 +143,7 @@ def _quantized(prepared: Prepared) -> nn.Module:
     if prepared.task == "classification":
         source = _float_model(prepared)  # its head is new, which a folder's stream does not know
     else:
-        options = {"dtype": float_dtype(prepared)}
-        implementation = attention(prepared)
-        if implementation is not None:
-            options["attn_implementation"] = implementation
+        options = {"dtype": float_dtype(prepared), **_attention_options(prepared)}
     return qft.quantize_and_wrap(
         source,
         config.quantization,
@@ -147,7 +173,8 @@ def _calibration(prepared: Prepared) -> Any:
             "quantizers and inits that read data are not for vision-language training yet: take nf4, or init='loftq'"
         )
     rows = prepared.train.rows[: config.calibration_samples]
-    return [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
+    keys = ("input_ids", "labels") if prepared.task == "seq2seq" else ("input_ids",)
+    return [{key: torch.tensor([row[key]]) for key in keys} for row in rows]
 
 
 def _lora_over_floats(prepared: Prepared) -> nn.Module:
@@ -165,10 +192,11 @@ def _float_model(prepared: Prepared) -> Any:
     from qft.loading import WITHOUT_ADAPTER
 
     config = prepared.config
-    options: dict[str, Any] = {"dtype": float_dtype(prepared), "adapter_kwargs": dict(WITHOUT_ADAPTER)}
-    implementation = attention(prepared)
-    if implementation is not None:
-        options["attn_implementation"] = implementation
+    options: dict[str, Any] = {
+        "dtype": float_dtype(prepared),
+        "adapter_kwargs": dict(WITHOUT_ADAPTER),
+        **_attention_options(prepared),
+    }
     if prepared.task == "classification":
         names = {i: str(name) for i, name in enumerate(prepared.labels)}
         options |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
@@ -178,6 +206,5 @@ def _float_model(prepared: Prepared) -> Any:
         raise BadFolder(
             f"model: transformers cannot load {config.model!r} for {prepared.task}: {first_sentence(error)}"
         ) from error
-    if prepared.task == "classification" and model.config.pad_token_id is None:
-        model.config.pad_token_id = prepared.tokenizer.pad_token_id
+    _set_padding(model, prepared)
     return model

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.errors import BadOption, MissingDependency, QftError
+from qft.lengths import counts_from_padding
 from qft.saving import atomic_folder
 from qft.training.config import TrainConfig
 from qft.training.folder import RunFolder
@@ -127,10 +128,10 @@ def train(
             return TrainResult(**{**note["result"], "already_finished": True, "seconds": time.perf_counter() - start})
         run.begin(config, prepared.digests, note)
         with run.alone():
-            return _run(prepared, run, build_trainer, start)
+            return _run(prepared, run, build_trainer, start, new=note is None)
 
 
-def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float) -> TrainResult:
+def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float, new: bool) -> TrainResult:
     from transformers import set_seed
 
     config, last = prepared.config, run.last
@@ -138,9 +139,17 @@ def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float) -
         log.info("going on from %s", last)
     log.info("%s, %s: %s", config.model, prepared.task, prepared.train.counts)
     set_seed(config.seed)  # of the adapter's start
-    model = load_model(prepared)
+    try:
+        model = load_model(prepared)
+    except QftError:
+        if new:
+            run.abandon()
+        raise
     trainer = build_trainer(model, prepared, run, None if config.max_seconds is None else start + config.max_seconds)
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
     _train(trainer, last)
+    if counts_from_padding(model):  # transformers' trainers put the tokenizer's id there
+        model.config.pad_token_id = padding
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluation = {}
@@ -258,6 +267,10 @@ def outline(
         try:
             if not config.peft:
                 raise BadOption("memory is planned for LoRA, and all weights are trained")
+            if config.quantization is None and prepared.stored is not None:
+                raise BadOption(
+                    f"the folder is quantized already ({prepared.stored}): quantization= with its quantizer plans the memory"
+                )
             if config.quantization is None:
                 raise BadOption("memory is planned for quantized weights, and these stay floats")
             with warnings.catch_warnings():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -14,13 +15,18 @@ from typing import Any
 import torch
 
 from qft.errors import BadFolder, BadOption, MissingDependency, QftWarning, UnsupportedDevice
+from qft.lengths import positions_of_config
 from qft.loading import read_config
 from qft.paths import check_model_path
 from qft.rows import Rows
 from qft.saying import first_sentence
-from qft.training import checks, encoding
+from qft.tokens import Tokens
+from qft.training import checks, columns, encoding
 from qft.training.config import TrainConfig
 from qft.training.data import held_out, read_data
+from qft.training.stored import check_stored
+
+log = logging.getLogger("qft.training")
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -29,6 +35,13 @@ OPTIMIZERS = {
     "paged_adamw32bit": "paged_adamw_32bit",
 }
 """`qft.plan`'s names → transformers'."""
+AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "vision-language": "AutoModelForImageTextToText",
+}
+"""Task → transformers' class of its models."""
 
 
 @dataclass
@@ -43,7 +56,8 @@ class Prepared:
         labels: of a classification.
         digests: of data, model and template: equal where a run may be continued.
         findings: warnings, each with what to do.
-        limit: tokens of a row.
+        stored: how the model's folder is quantized already; None for a float model.
+        limit: tokens of a row; of an encoder-decoder's, those that the encoder reads.
     """
 
     config: TrainConfig
@@ -58,6 +72,7 @@ class Prepared:
     limit: int
     device: torch.device
     findings: list[str] = field(default_factory=list)
+    stored: str | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -74,14 +89,15 @@ def prepare(config: TrainConfig) -> Prepared:
     config = config.replace(model=check_model_path(config.model))
     device = _device(config)
     _check_names(config, device)
+    stored = check_stored(config)
     train, valid = read_data(
         config.data_path, config.train_split, config.valid_split, skip_bad_rows=config.skip_bad_rows
     )
     if valid is None:
         train, valid = held_out(train, config.eval_share, config.seed)
     model_config = read_config(config.model, {})
-    task, form = encoding.recognise(train.columns, model_config, config)
-    if valid is not None and encoding.recognise(valid.columns, model_config, config) != (task, form):
+    task, form = columns.recognise(train.columns, model_config, config)
+    if valid is not None and columns.recognise(valid.columns, model_config, config) != (task, form):
         raise BadOption(f"{valid.source} has other columns than {train.source}: {', '.join(valid.columns)}")
     if config.packing and task != "causal-lm":
         raise BadOption(f"packing is for causal language models, not for {task}")
@@ -92,12 +108,8 @@ def prepare(config: TrainConfig) -> Prepared:
         if tokenizer.eos_token_id is None:
             raise BadOption("the tokenizer has neither a padding token nor an end-of-text token: give it one")
         tokenizer.pad_token = tokenizer.eos_token  # labels are masked by place, not by token: check_padding
-    limit = _limit(config, model_config)
-    labels = encoding.labels_of(train, config.label_column) if task == "classification" else []
-    if task == "classification" and len(labels) < 2:
-        raise BadOption(
-            f"{train.source} has {len(labels)} label(s) in {config.label_column!r}: a classification has two or more"
-        )
+    limit = _limit(config, model_config, task, tokenizer)
+    labels = _labels(config, task, model_config, train)
     one, found = _encoder(config, task, form, processor, train, labels, Path(config.data_path))
     findings += found
     cut = None if task == "vision-language" else limit
@@ -116,8 +128,38 @@ def prepare(config: TrainConfig) -> Prepared:
         "chat template": hashlib.sha256(repr(getattr(tokenizer, "chat_template", "")).encode()).hexdigest(),
     }
     return Prepared(
-        config, task, form, processor, model_config, encoded, evaluation, labels, digests, limit, device, findings
+        config,
+        task,
+        form,
+        processor,
+        model_config,
+        encoded,
+        evaluation,
+        labels,
+        digests,
+        limit.source,
+        device,
+        findings,
+        stored,
     )
+
+
+def _labels(config: TrainConfig, task: str, model_config: Any, train: Rows) -> list[str]:
+    """The names of a classification's classes, which the head of a classifier has to have, too."""
+    if task != "classification":
+        return []
+    labels = columns.labels_of(train, config.label_column)
+    if len(labels) < 2:
+        raise BadOption(
+            f"{train.source} has {len(labels)} label(s) in {config.label_column!r}: a classification has two or more"
+        )
+    stored = any("SequenceClassification" in a for a in getattr(model_config, "architectures", None) or ())
+    if stored and model_config.num_labels != len(labels):
+        raise BadOption(
+            f"model: {config.model} sorts into {model_config.num_labels} classes, and the data has {len(labels)}: give a "
+            "model without a classifier's head, or data of the same classes"
+        )
+    return labels
 
 
 def _encoder(
@@ -149,12 +191,14 @@ def _encoder(
     elif form == "text":
         one = encoding.text(tokenizer, config.text_column)
     else:
-        columns = encoding.pair_of(set(train.columns), config, task)
-        assert columns is not None  # recognise() found them
+        pair = columns.pair_of(set(train.columns), config, task)
+        assert pair is not None  # recognise() found them
+        if len(pair.sources) > 1:
+            log.info("%s, joined by line breaks, are read, and %s is learnt", " and ".join(pair.sources), pair.target)
         if task == "seq2seq":
-            return encoding.seq2seq(tokenizer, columns), []
-        one = encoding.prompt(tokenizer, columns, chat)
-        if isinstance(train.rows[0].get(columns[1]), list):
+            return encoding.seq2seq(tokenizer, pair), []
+        one = encoding.prompt(tokenizer, pair, chat, config.loss_on)
+        if isinstance(train.rows[0].get(pair.target), list):
             chat()
     if not made:
         return one, [] if tokenizer.eos_token_id is not None else [
@@ -236,9 +280,14 @@ def _processor(model: str, task: str) -> Any:
         ) from error
 
 
-def _limit(config: TrainConfig, model_config: Any) -> int:
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return min(config.max_length, positions) if isinstance(positions, int) and positions > 0 else config.max_length
+def _limit(config: TrainConfig, model_config: Any, task: str, tokenizer: Any) -> encoding.Limit:
+    import transformers
+
+    positions = positions_of_config(model_config, getattr(transformers, AUTO[task]))
+    most = config.max_length
+    # the tokenizer's own truncation keeps the special tokens at both ends
+    cut = Tokens(tokenizer).cut if task in ("classification", "seq2seq") else None
+    return encoding.Limit(min(most, positions.source or most), min(most, positions.target or most), cut)
 
 
 def _model_digest(model: str) -> str:
