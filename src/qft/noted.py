@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import weakref
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from qft import marks
@@ -58,9 +61,11 @@ class Noted:
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config and, where the base is known, `qft.json`; see `peft.PeftConfig.save_pretrained`."""
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         base = self.__dict__.get("_qft_base", _none)()
         record = None if base is None else base.__dict__.get("_qft")
+        if record is not None:
+            describe(self, base)
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         if record is None:
             return
         folder = Path(save_directory)
@@ -94,6 +99,50 @@ def noted(config: PeftConfig, base: nn.Module) -> PeftConfig:
     twin.__dict__.update(config.__dict__)
     twin.__dict__["_qft_base"] = weakref.ref(base)
     return twin
+
+
+def describe(config: Any, base: nn.Module) -> None:
+    """Have a LoRA config say the ranks and scalings that its layers have: a hot swap changes the layers alone."""
+    configs = base.__dict__.get("peft_config") or {}
+    name = next((n for n, known in configs.items() if known is config), None)
+    if name is None or not hasattr(config, "lora_alpha"):
+        return
+    found: dict[str, tuple[int, float]] = {}
+    told: dict[str, tuple[int, float]] = {}
+    for path, module in base.named_modules():
+        matrix = getattr(module, "lora_A", None)
+        if (
+            not isinstance(module, LoraLayer)
+            or matrix is None
+            or name not in matrix
+            or isinstance(module, ParamWrapper)
+        ):
+            continue
+        rank, scaling = matrix[name].weight.shape[0], float(module.scaling[name])
+        found[path] = rank, scaling
+        told[path] = _told(config, path)
+    if all(f[0] == t[0] and math.isclose(f[1], t[1], rel_tol=1e-6) for f, t in zip(found.values(), told.values())):
+        return
+    ranks = {rank for rank, _ in found.values()}
+    alphas = {path: _alpha(rank, scaling, config.use_rslora) for path, (rank, scaling) in found.items()}
+    config.r = max(ranks)
+    config.lora_alpha = next(iter(alphas.values()))
+    config.rank_pattern = {path: rank for path, (rank, _) in found.items() if rank != config.r}
+    config.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
+
+
+def _told(config: Any, path: str) -> tuple[int, float]:
+    """The rank and scaling that a config gives a layer."""
+    rank_key = get_pattern_key(config.rank_pattern.keys(), path) if config.rank_pattern else path
+    alpha_key = get_pattern_key(config.alpha_pattern.keys(), path) if config.alpha_pattern else path
+    rank = (config.rank_pattern or {}).get(rank_key, config.r)
+    alpha = (config.alpha_pattern or {}).get(alpha_key, config.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _alpha(rank: int, scaling: float, rslora: bool) -> float | int:
+    alpha = scaling * (math.sqrt(rank) if rslora else rank)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-6) else alpha
 
 
 def mark_rewritten(folder: Path, rewritten: bool) -> None:

@@ -64,7 +64,9 @@ def load(folder: str | os.PathLike[str], base: Any = None, *, is_trainable: bool
     folder = as_path(folder)
     if not (folder / "adapter_config.json").is_file():
         what = "has no adapter_config.json" if folder.is_dir() else "does not exist"
-        raise BadFolder(f"{folder} {what}: give the folder of an adapter, as qft.save or PEFT writes it")
+        inside = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
+        hint = f"; there are adapters in {', '.join(inside[:3])}" if inside else ""
+        raise BadFolder(f"{folder} {what}: give the folder of an adapter, as qft.save or PEFT writes it{hint}")
     check_adapter_files(folder)
     return load_adapter(folder, base, read_note(folder), is_trainable=is_trainable, **kwargs)
 
@@ -115,9 +117,13 @@ def load_adapter(
     before, record.forward = record.forward, (note or {}).get("forward", record.forward)
     try:
         with as_it_was(model), _strict_load():
-            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
+            name = _top_name(note)
+            peft_model = PeftModel.from_pretrained(
+                model, str(folder), adapter_name=name, is_trainable=is_trainable, config=config
+            )
+            put_starts(peft_model, starts, name)
+            _load_others(peft_model, folder, note, is_trainable)
             merge_exactly(peft_model)
-            put_starts(peft_model, starts)
             if record.forward == "dequantize":
                 DequantizedForward.put_on(model)
             if note is not None and note["base_changed"] and not record.base_changed:
@@ -133,11 +139,35 @@ def load_adapter(
     return peft_model
 
 
-def _mark_residuals(model: nn.Module, adapter: str = "default") -> None:
-    """Note on each layer that its base weight is a residual without the adapter that was loaded."""
+def _top_name(note: dict[str, Any] | None) -> str:
+    """The name of the adapter whose files are at the top of a saved folder."""
+    return next((n for n, place in note["adapters"].items() if place == "."), "default") if note else "default"
+
+
+def _load_others(model: PeftModel, folder: Path, note: dict[str, Any] | None, is_trainable: bool) -> None:
+    """Load the further adapters of a saved folder, and activate those that were active."""
+    if note is None:
+        return
+    for name, inside in note["adapters"].items():
+        if inside == ".":
+            continue
+        where = folder / inside
+        check_adapter_files(where)
+        model.load_adapter(str(where), name, is_trainable=is_trainable)
+        if is_lora(model.peft_config[name]):
+            put_starts(model, read_starts(where, adapter_shapes(where)), name)
+    active = note["active"]
+    if len(active) > 1:
+        model.base_model.set_adapter(active, inference_mode=not is_trainable)
+    elif active and active != [_top_name(note)]:
+        model.set_adapter(active[0], inference_mode=not is_trainable)
+
+
+def _mark_residuals(model: nn.Module) -> None:
+    """Note on each layer that its base weight is a residual without the adapter whose init rewrote it."""
     for module in marks.base_model(model).modules():
-        if isinstance(module, Merging) and adapter in module.starts:
-            module.rewritten_by = adapter
+        if isinstance(module, Merging) and module.starts:
+            module.rewritten_by = next(iter(module.starts))
 
 
 def check_codes(folder: Path, note: dict[str, Any], model: nn.Module, record: marks.Record) -> None:

@@ -7,11 +7,12 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
@@ -116,17 +117,57 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, base: bool = False
     merged = [n for n, m in model.named_modules() if getattr(m, "merged_adapters", None)]
     if merged:
         raise BadOption(f"adapters are merged into {len(merged)} weights: call qft.unmerge(model) before saving")
+    places = _adapter_places(model)
+    stores_base = record is not None and (base or record.base_changed)
+    _check_adapter_names(places, stores_base)
     with atomic_folder(folder) as partial:
         model.save_pretrained(partial)
         save_starts(model, partial, as_path(folder))
-        if record is not None:
-            stores_base = base or record.base_changed
-            note = note_of(record, marks.base_model(model), stores_base)
-            (partial / NOTE).write_text(json.dumps(note, indent=1))
-            if stores_base:
-                _save_base(model, partial / "base", record)
-                if (partial / "adapter_config.json").is_file():
-                    mark_rewritten(partial, False)
+        _lift(partial, places)
+        if record is None:
+            return
+        note = note_of(record, marks.base_model(model), stores_base)
+        if places:
+            note |= {"adapters": places, "active": _active(model, places)}
+        (partial / NOTE).write_text(json.dumps(note, indent=1))
+        if stores_base:
+            for place in places.values():
+                mark_rewritten(partial / place, False)
+            _save_base(model, partial / "base", record)
+
+
+def _adapter_places(model: nn.Module) -> dict[str, str]:
+    """Adapter name → its folder in the saved one. "default", or else the first active adapter, is at the top.
+
+    Empty for models that are not a `PeftModel`: transformers saves the active adapter alone.
+    """
+    if not isinstance(model, PeftModel):
+        return {}
+    names = list(model.peft_config)
+    top = "default" if "default" in names else _active(model, names)[0]
+    return {name: "." if name == top else name for name in names}
+
+
+def _active(model: Any, names: Iterable[str]) -> list[str]:
+    active = model.active_adapters  # a list, or a method of transformers' models
+    active = active() if callable(active) else active
+    return [name for name in active if name in names] or list(names)[:1]
+
+
+def _check_adapter_names(places: Mapping[str, str], stores_base: bool) -> None:
+    for name, place in places.items():
+        if place != "." and (name != Path(name).name or name in ("", ".", "..") or (name == "base" and stores_base)):
+            raise BadOption(f"an adapter cannot be saved under the name {name!r}: load or add it under another name")
+
+
+def _lift(partial: Path, places: Mapping[str, str]) -> None:
+    """Move the adapter that is to lie at the top out of the folder that PEFT gave it."""
+    name = next((n for n, place in places.items() if place == "."), "default")
+    if name == "default":
+        return
+    for path in (partial / name).iterdir():
+        os.replace(path, partial / path.name)
+    (partial / name).rmdir()
 
 
 def read_note(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -147,6 +188,8 @@ def read_note(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         note["layers"] = {str(n): range(len(names))[i] for n, i in note["layers"].items()}
         note.setdefault("base_merged", False)
         note["codes"] = {str(n): [float(x) for x in v] for n, v in note.get("codes", {}).items()}
+        note["adapters"] = {str(n): _inside(place) for n, place in note.get("adapters", {"default": "."}).items()}
+        note["active"] = [n for n in note.get("active", list(note["adapters"])[:1]) if n in note["adapters"]]
         for flag in ("base_stored", "base_changed", "base_merged"):
             if not isinstance(note[flag], bool):
                 raise TypeError(f"{flag} is {note[flag]!r}")
@@ -155,6 +198,13 @@ def read_note(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadFolder(f"{path} is not a file that qft wrote, or is damaged: {error!r}") from error
+
+
+def _inside(place: Any) -> str:
+    """The folder of an adapter in the saved one."""
+    if place != "." and (place != Path(place).name or place == ".."):
+        raise ValueError(f"an adapter's folder is {place!r}")
+    return place
 
 
 def _save_base(model: nn.Module, folder: Path, record: marks.Record) -> None:
