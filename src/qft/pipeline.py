@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterable
@@ -21,7 +22,15 @@ from qft.inits.run import no_statistics
 from qft.lora.exact import merge_exactly
 from qft.lora.experts import adapted_weights
 from qft.lora.layer import DequantizedForward
-from qft.lora.model import check_config, check_groups, check_saved_modules, check_tokens, fill_targets, targeted
+from qft.lora.model import (
+    all_linear,
+    check_config,
+    check_groups,
+    check_saved_modules,
+    check_tokens,
+    fill_targets,
+    targeted,
+)
 from qft.lora.tuners import check_method
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
@@ -129,6 +138,15 @@ def check_adapter(model: nn.Module, adapter: LoraConfig) -> None:
     check_saved_modules(model, adapter)
     targeted(model, adapter)
     check_groups(model, adapter)
+
+
+def _named_targets(model: nn.Module, adapter: PeftConfig) -> PeftConfig:
+    """The config with the layers that qft means by "all-linear": PEFT's own choice over a float model is another."""
+    if not is_lora(adapter) or adapter.target_modules != "all-linear":
+        return adapter
+    named = copy.copy(adapter)
+    named.target_modules = set(all_linear(model, adapter))
+    return named
 
 
 def _settle_auto(chosen: AdapterInit | None, calibration: Any, floats: bool) -> AdapterInit | None:
@@ -275,7 +293,7 @@ def quantize_and_wrap(
             if getattr(adapter, "modules_to_save", None):
                 check_saved_modules(model, adapter, targets)  # type: ignore[arg-type]
         if model is model_or_path:
-            rehearse(model, adapter)
+            rehearse(model, _named_targets(model, adapter))
         if run is not None:
             run.over(model)
 

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from qft.backends.unquantized import is_float_linear
+from qft.direct_reads import direct_reads
 from qft.errors import BadOption, NonFiniteWeights, NoTargets
 from qft.experts import as_stack, fused_parameters
 from qft.quantizer import Quantizer, float_weight, is_conv1d
+from qft.structure import heads, output_embeddings, routers
 
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
+KEPT = "the model keeps it in float32"
+READ = "its weight is read directly by"
 
 
 @dataclass
@@ -152,34 +155,31 @@ def default_skips(model: nn.Module) -> dict[str, str]:
     keys = getattr(model, "all_tied_weights_keys", None) or {}
     tied |= set(keys) | set(keys.values())
 
-    head = _output_embeddings(model)
-    base_prefix = _base_prefix(model)
+    outputs, gates, read = heads(model), routers(model), direct_reads(model)
     keep = _kept_in_float32(model)
     for name, module in modules.items():
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
             continue
-        parent_name, _, last = name.rpartition(".")
-        parent = modules[parent_name]
+        parent = modules[name.rpartition(".")[0]]
         if f"{name}.weight" in tied:
             reasons[name] = "its weight is shared with another module"
-        elif module is head:
-            reasons[name] = "the output head"
-        elif base_prefix and not name.startswith(base_prefix + "."):
-            reasons[name] = "a head on top of the base model"
-        elif last in _ROUTERS and hasattr(parent, "experts"):
+        elif name in outputs:
+            reasons[name] = outputs[name]
+        elif name in gates:
             reasons[name] = "a router"
         elif any(re.search(rf"(^|\.){k}(\.|$)", name) for k in keep):
-            reasons[name] = "the model keeps it in float32"
+            reasons[name] = KEPT
+        elif name in read:
+            reasons[name] = f"{READ} {read[name]}"
         elif isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
-            reasons[name] = "PyTorch's fused kernels read its weight directly"
+            reasons[name] = f"{READ} PyTorch's fused kernels"
     return reasons
 
 
 def linear_targets(model: nn.Module, is_quantized) -> list[str]:
     """Every layer that "all-linear" means: the quantized ones and the float linears, without heads and routers."""
-    reasons = default_skips(model)
-    out_of_question = {"the output head", "a head on top of the base model", "a router"}
-    head = _output_embeddings(model)
+    reasons = {name: reason for name, reason in default_skips(model).items() if reason != KEPT}
+    head = output_embeddings(model)
     names, adapted = [], ()
     for name, module in model.named_modules():
         if name.startswith(adapted):
@@ -188,27 +188,11 @@ def linear_targets(model: nn.Module, is_quantized) -> list[str]:
         if hasattr(module, "base_layer"):  # it has an adapter already: it is one layer, not the layers inside it
             adapted += (name + ".",)
             module = module.base_layer
-        elif hasattr(module, "original_module"):  # PEFT trains it whole
+        elif hasattr(module, "original_module"):  # PEFT trains all of it
             adapted += (name + ".",)
-        if is_head or reasons.get(name) in out_of_question:
-            continue
-        if is_quantized(module) or is_float_linear(module):
-            tied = reasons.get(name, "").startswith("its weight is shared")
-            if not tied:
-                names.append(name)
+        if not is_head and name not in reasons and (is_quantized(module) or is_float_linear(module)):
+            names.append(name)
     return names
-
-
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    try:
-        return model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def _base_prefix(model: nn.Module) -> str:
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    return prefix if isinstance(prefix, str) and prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
 def _kept_in_float32(model: nn.Module) -> list[str]:

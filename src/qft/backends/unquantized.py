@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any, ClassVar
 
@@ -55,8 +56,35 @@ class Unquantized(Quantizer):
 
 
 def is_float_linear(module: nn.Module) -> bool:
-    """Whether `module` is a plain linear layer: `nn.Linear` or `Conv1D` themselves, no subclass, a float weight."""
-    if type(module) is not nn.Linear and not is_conv1d(module):
+    """Whether `module` computes x Wᵀ + b from a float weight: `nn.Linear`, `Conv1D`, or a subclass with that arithmetic."""
+    if not is_conv1d(module) and not (isinstance(module, nn.Linear) and computes_linear(type(module))):
         return False
     weight = module.weight
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.ndim == 2
+
+
+@cache
+def computes_linear(cls: type[nn.Linear]) -> bool:
+    """Whether a subclass of `nn.Linear`, such as Falcon's, does what `nn.Linear` does; tried once on small numbers."""
+    if cls is nn.Linear or cls.forward is nn.Linear.forward:
+        return cls is nn.Linear or cls.__module__.startswith("transformers.")
+    if not cls.__module__.startswith(
+        "transformers."
+    ):  # what others change, such as fake quantization, may depend on state
+        return False
+    x = torch.arange(24, dtype=torch.float32).view(2, 4, 3) / 7
+    try:
+        for bias in (True, False):
+            layer = cls.__new__(cls)
+            nn.Module.__init__(layer)
+            layer.in_features, layer.out_features = 3, 5
+            layer.weight = nn.Parameter(torch.arange(15, dtype=torch.float32).view(5, 3).sin())
+            layer.register_parameter("bias", nn.Parameter(torch.arange(5.0)) if bias else None)
+            for value in (x, x[0]):
+                wanted = nn.functional.linear(value, layer.weight, layer.bias)
+                given = cls.forward(layer, value)
+                if not isinstance(given, Tensor) or given.shape != wanted.shape or not torch.allclose(given, wanted):
+                    return False
+    except Exception:
+        return False
+    return True

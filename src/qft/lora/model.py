@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba, check_target_module_exists
 from torch import nn
 
 from qft.backends.unquantized import is_float_linear
@@ -30,7 +30,7 @@ from qft.marks import record_of
 from qft.noted import noted
 from qft.quiet import quiet_imports
 from qft.registry import quantizer_of
-from qft.selection import linear_targets
+from qft.selection import READ, default_skips, linear_targets
 from qft.ties import check_parting, settle_tie, tied_pairs
 
 KEPT_INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -87,7 +87,7 @@ class QftLoraModel(LoraModel):
             check_config(config)
             check_tokens(model, config)
             if config.target_modules == "all-linear":
-                config.target_modules = set(linear_targets(model, _quantized))
+                config.target_modules = set(all_linear(model, config))
             check_groups(model, config)
         with quiet_imports():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -412,7 +412,7 @@ def check_groups(model: nn.Module, config: LoraConfig) -> None:
     config = copy.copy(config)
     fill_targets(model, config)
     if config.target_modules == "all-linear":
-        config.target_modules = set(linear_targets(model, _quantized))
+        config.target_modules = set(all_linear(model, config))
     size, inside = config.qalora_group_size, ()
     for name, module in model.named_modules():
         if name.startswith(inside):
@@ -522,21 +522,72 @@ def _is_target(config: Any, name: str) -> bool:
     return bool(hit) and type(hit).__name__ != "_ExcludedModule"
 
 
+def all_linear(model: nn.Module, config: Any, *, say: bool = False) -> list[str]:
+    """The layers that "all-linear" means: those of `linear_targets` that are as large as the rank, and that PEFT adapts.
+
+    Args:
+        say: warn of the layers that are left out, by name.
+    """
+    kept, left = [], {}
+    for name in linear_targets(model, _quantized):
+        size = min(_shape(_bare(model.get_submodule(name))))
+        if _rank_of(config, name) > size:
+            left[name] = "smaller than the rank"
+        elif not _allowed_by_peft(model, config, name):
+            left[name] = "PEFT does not adapt it in this architecture"
+        else:
+            kept.append(name)
+    if left and say:
+        reasons = {reason: [n for n, r in left.items() if r == reason] for reason in dict.fromkeys(left.values())}
+        said = "; ".join(
+            f"{', '.join(n[:3])}{f' and {len(n) - 3} more' if len(n) > 3 else ''}: {r}" for r, n in reasons.items()
+        )
+        warnings.warn(f"all-linear leaves out {len(left)} layers: {said}", QftWarning, stacklevel=3)
+    return kept
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _allowed_by_peft(model: nn.Module, config: Any, name: str) -> bool:
+    try:
+        _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+    except ValueError:
+        return False
+    return True
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The base layer of an adapted one."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return getattr(module, "layer", module) if type(module).__name__ == "LinearView" else module
+
+
+def _rank_of(config: Any, name: str) -> int:
+    from peft.utils.other import get_pattern_key
+
+    patterns = getattr(config, "rank_pattern", None) or {}
+    rank = getattr(config, "r", 1)
+    return patterns.get(get_pattern_key(patterns.keys(), name), rank) if patterns else rank
+
+
 def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
     """The linear layers and fused experts that `config` would adapt, with their rank: name → r.
 
     Raises:
         NoTargets: it matches none, or its target_parameters no parameter.
         BadShape: a rank larger than a layer.
+        BadOption: a layer that is never called, since the model's code reads its weight.
     """
-    from peft.utils.other import get_pattern_key
-
     if config.target_modules == "all-linear":
-        names = linear_targets(model, _quantized)
+        names = all_linear(model, config, say=True)
         excluded = copy.copy(config)
         excluded.target_modules = set(names)
         config = excluded
     found, other = {}, 0
+    unread = {n: reason for n, reason in default_skips(model).items() if reason.startswith(READ)}
     for name, module in model.named_modules():
         try:
             hit = check_target_module_exists(config, name)
@@ -552,8 +603,11 @@ def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
                 )
             other += 1
             continue
-        key = get_pattern_key(config.rank_pattern.keys(), name) if config.rank_pattern else None
-        rank = (config.rank_pattern or {}).get(key, config.r)
+        if name in unread:
+            raise BadOption(
+                f"target_modules takes in {name}, and {unread[name]}: an adapter there would never be called; leave it out"
+            )
+        rank = _rank_of(config, name)
         shape = _shape(module)
         if rank > min(shape):
             raise BadShape(f"rank {rank} is larger than {name}, whose weight is {shape[0]} × {shape[1]}")
