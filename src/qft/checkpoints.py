@@ -7,7 +7,6 @@ its tensors streamed into `PackedLinear`s by transformers. Everything else is le
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from qft.errors import BadFolder, BadOption, QftError
 from qft.packed import TensorQuantizer
 from qft.quantizer import is_conv1d
 from qft.registry import file_reader, folder_reader, from_config
+from qft.shard_index import read_weight_map
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
@@ -52,11 +52,7 @@ def tensors_of(path: str, options: Mapping[str, Any]) -> dict[str, tuple[tuple[i
     index = find("model.safetensors.index.json", needed=False)
     names = ["model.safetensors"]
     if index is not None:
-        try:
-            with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BadFolder(f"{index} is damaged: {error}") from error
+        names = sorted(set(read_weight_map(index).values()))
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name in names:
         file_name = find(name, needed=True)
@@ -113,8 +109,7 @@ def _read(path: str, options: Mapping[str, Any], key: str) -> torch.Tensor:
     index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **where)
     name = "model.safetensors"
     if index is not None:
-        with open(index, encoding="utf-8") as file:
-            name = json.load(file)["weight_map"][key]
+        name = read_weight_map(index)[key]
     with safe_open(cached_file(path, name, **where), framework="pt") as file:
         return file.get_tensor(key)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -23,6 +22,7 @@ from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_
 from qft.registry import file_reader, folder_reader, quantizer_of
 from qft.saying import first_sentence
 from qft.selection import Selection, select, settle, target_weights
+from qft.shard_index import read_weight_map
 
 TRIM_EVERY = 4 * 2**20
 """Bytes of float weights between two calls of `_trim`."""
@@ -295,10 +295,7 @@ def check_files(folder: Path) -> None:
     if whole.is_file():
         files = [whole]
     elif index.is_file():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BadFolder(f"{index} is damaged: {first_sentence(error)}") from error
+        files = [folder / name for name in sorted(set(read_weight_map(index).values()))]
     else:
         return
     for file in files:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from qft import marks
 from qft.errors import AdapterMismatch, BadFolder, BadOption, NonFiniteWeights, UnsupportedDevice
 from qft.experts import fused_weight
 from qft.quantizer import float_weight, is_conv1d
+from qft.shard_index import read_weight_map
 
 
 class Originals:
@@ -102,8 +102,7 @@ class _Folder:
             raise BadFolder(f"{path} is no folder, no index of shards and no safetensors file")
         try:
             if index.is_file() and index.suffix == ".json":
-                files = json.loads(index.read_text())["weight_map"]
-                self.files = {key: folder / file for key, file in files.items()}
+                self.files = {key: folder / file for key, file in read_weight_map(index).items()}
             else:
                 self.files = {}
                 for path in sorted(folder.glob(pattern)):

@@ -19,6 +19,7 @@ from qft.bits import codes_per_word, in_groups, pack_rows, unpack_rows
 from qft.errors import BadFolder, BadOption, BadShape, UnsupportedOperation
 from qft.packed import PackedLinear, TensorQuantizer
 from qft.quantizer import Capabilities, as_float_dtype
+from qft.shard_index import read_weight_map
 from qft.sinkhorn import column_scales
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -223,7 +224,7 @@ class SINQ(TensorQuantizer):
     def read_folder(cls, folder: Path, model: nn.Module) -> tuple[dict[str, PackedLinear], dict[str, Tensor]]:
         try:
             notes = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-            index = json.loads((folder / SIDECAR.removesuffix(".meta.json")).read_text(encoding="utf-8"))["weight_map"]
+            index = read_weight_map(folder / SIDECAR.removesuffix(".meta.json"))
             stored: dict[str, Tensor] = {}
             for name in sorted(set(index.values())):
                 stored |= load_file(folder / name)

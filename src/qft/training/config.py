@@ -40,6 +40,17 @@ LEAST: dict[str, float] = {
     "max_grad_norm": 0,
     "seed": 0,
 }
+MOST: dict[str, int] = {
+    "lora_r": 2**31 - 1,
+    "max_length": 2**31 - 1,
+    "batch_size": 2**31 - 1,
+    "gradient_accumulation": 2**31 - 1,
+    "max_steps": 2**31 - 1,
+    "logging_steps": 2**31 - 1,
+    "save_total_limit": 2**31 - 1,
+    "seed": 2**32 - 1,
+}
+"""The largest integers that the trainer's arithmetic and NumPy's generator take."""
 SHARES = ("lora_dropout", "warmup_ratio", "eval_share")
 ABOVE_ZERO = ("lr", "epochs", "lora_alpha", "save_steps", "max_seconds")
 OTHER_NAMES = {
@@ -274,6 +285,8 @@ def _value(key: str, value: Any, where: str) -> Any:
         raise BadOption(f"{where}{key}={value!r}; it is a finite number")
     if key in LEAST and value < LEAST[key]:
         raise BadOption(f"{where}{key}={value!r}; it is at least {LEAST[key]:g}")
+    if key in MOST and value > MOST[key]:
+        raise BadOption(f"{where}{key}={value!r}; it is at most {MOST[key]}")
     if key in ABOVE_ZERO and not value > 0:
         raise BadOption(f"{where}{key}={value!r}; it is above 0")
     if key in SHARES and not 0 <= value < 1:
