@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qft import hf, marks
 from qft.backends.unquantized import Unquantized
 from qft.drift import Drift, Probe
-from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
+from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation, about
 from qft.floatcopy import FloatCopy
 from qft.lora.experts import adapted_weights
 from qft.lora.merges import Merging, WeightMerge
@@ -209,8 +209,9 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
     ]
     if original is not None or data is not None:
         _require_plain_state(plan)
-    for _, layer, names in plan:
-        layer.check_merge(names)
+    for name, layer, names in plan:
+        with about(name):
+            layer.check_merge(names)
     originals = None
     if original is not None:
         originals = learnt_over(base, original, {n: (m, names) for n, m, names in plan})
@@ -222,7 +223,8 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
     def merge_from(source: Originals | None) -> None:
         for name, layer, names in plan:
             if names:
-                layer.merge(adapter_names=names, original=_source(source, name, layer))
+                with about(name):
+                    layer.merge(adapter_names=names, original=_source(source, name, layer))
                 report.weights[name] = layer.last_merge
         others.merge()
 

@@ -178,7 +178,7 @@ class Merging:
         self._saved = (self.quantizer.snapshot(handle), None if old_bias is None else old_bias.detach().clone())
         shift = None if original is not None else self._group_shift(names, handle)
         if shift is None:
-            self.quantizer.requantize(handle, wanted)
+            self._requantize(names, handle, wanted)
         else:
             self.quantizer.shift(handle, shift)
         if bias is not old_bias:
@@ -191,6 +191,14 @@ class Merging:
                 f"merging {', '.join(names)} goes beyond what {self.quantizer!r} can store: nothing was merged"
             )
         self.last_merge = compare_merge(before, tuned, after)
+
+    def _requantize(self, names: list[str], handle: QuantizedWeight, wanted: Tensor) -> None:
+        try:
+            self.quantizer.requantize(handle, wanted)
+        except BadOption as error:  # the format's own check of the range
+            raise NonFiniteWeights(
+                f"merging {', '.join(names)} goes beyond what {self.quantizer!r} can store: nothing was merged ({error})"
+            ) from error
 
     def _group_shift(self, names: list[str], handle: QuantizedWeight) -> Tensor | None:
         """What these adapters add to each of the quantizer's groups, (out_features, groups) in float32; None where
