@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from qft import hf, marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError, about
-from qft.finite import ResultCheck
 from qft.experts import as_stack, pack_parameter
+from qft.finite import ResultCheck
 from qft.paths import did_you_mean
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
 from qft.registry import file_reader, folder_reader, quantizer_of

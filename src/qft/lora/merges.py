@@ -91,8 +91,7 @@ class Merging:
             delta = self.delta(name, weight, learnt=learnt)
             if name in self.lora_variant:  # DoRA, arXiv 2402.09353, equation 5
                 magnitude = self.lora_magnitude_vector[name].weight.to(weight)
-                norm = torch.linalg.norm(weight + delta, dim=1)
-                value.add_(delta).mul_((magnitude / norm)[:, None])
+                value.add_(delta).mul_((magnitude / divisors(weight + delta))[:, None])
             else:
                 value.add_(delta)
         if not value.isfinite().all():
@@ -234,6 +233,12 @@ class Merging:
         """`scaling * B @ A`, (out_features, in_features), in the adapter's dtype; group-pooled ones expanded."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return (self._expanded(adapter, b.float() @ a.float()) * self.scaling[adapter]).to(b.dtype)
+
+
+def divisors(weight: Tensor) -> Tensor:
+    """The norms of a weight's rows as DoRA divides by them: 1 for rows of zeros, which stay zero."""
+    norms = torch.linalg.norm(weight, dim=1)
+    return torch.where(norms > 0, norms, 1.0)
 
 
 def compare_merge(before: Tensor, wanted: Tensor, after: Tensor) -> WeightMerge:
