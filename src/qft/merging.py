@@ -19,6 +19,7 @@ from qft.floatcopy import FloatCopy
 from qft.lora.experts import adapted_weights
 from qft.lora.merges import Merging, WeightMerge
 from qft.lora.model import ExactEmbedding, QftLoraModel, all_or_nothing
+from qft.modes import normal_mode
 from qft.originals import Originals
 from qft.quantizer import as_float_dtype
 from qft.sources import learnt_over
@@ -308,7 +309,7 @@ def unmerge(model: nn.Module) -> None:
             module.unmerge()
 
 
-@torch.no_grad()
+@normal_mode()
 def merge_to_float(
     model: nn.Module,
     *,

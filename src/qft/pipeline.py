@@ -22,6 +22,7 @@ from qft.lora.experts import adapted_weights
 from qft.lora.layer import DequantizedForward
 from qft.lora.model import check_config, check_groups, check_saved_modules, fill_targets, targeted
 from qft.lora.tuners import check_method
+from qft.modes import normal_mode, without_inference_tensors
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
 from qft.quantizer import Quantizer
@@ -178,7 +179,8 @@ def _wrap_lora(
 ) -> PeftModel:
     before, record.forward = record.forward, forward
     try:
-        with as_it_was(model), refused_by_peft():
+        with as_it_was(model), refused_by_peft(), normal_mode():
+            without_inference_tensors(model)
             peft_model = get_peft_model(model, adapter)
             if run is not None:
                 run.apply(peft_model, "default")
@@ -193,7 +195,8 @@ def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record, for
     check_names(model, adapter)
     before, record.forward = record.forward, forward
     try:
-        with as_it_was(model), refused_by_peft():
+        with as_it_was(model), refused_by_peft(), normal_mode():
+            without_inference_tensors(model)
             peft_model = get_peft_model(model, adapter)
             if forward == "dequantize":
                 DequantizedForward.put_on(model)

@@ -31,6 +31,7 @@ from qft.errors import (
 from qft.experts import as_stack, pack_parameter, packed_weights
 from qft.finite import ResultCheck, is_ordinary, largest_values, try_experts, try_layer
 from qft.loading import Plan, load_quantized, stored_quantization
+from qft.modes import normal_mode
 from qft.quantizer import OnWeight, Quantizer, code_options
 from qft.registry import Spec, file_reader, parse_spec, quantizer_of
 from qft.saying import quiet, say
@@ -133,11 +134,13 @@ def quantize_as(
     if isinstance(model_or_path, nn.Module):
         if load_options:
             raise BadOption(f"{', '.join(load_options)}: these are for loading from a path, and a model was given")
-        model = _quantize_in_memory(model_or_path, spec, skip, target, progress, on_weight, prepare, data)
+        with normal_mode():
+            model = _quantize_in_memory(model_or_path, spec, skip, target, progress, on_weight, prepare, data)
     elif isinstance(model_or_path, str | os.PathLike):
-        model = _quantize_path(
-            os.fspath(model_or_path), spec, skip, target, progress, on_weight, prepare, data, load_options or {}
-        )
+        with normal_mode():
+            model = _quantize_path(
+                os.fspath(model_or_path), spec, skip, target, progress, on_weight, prepare, data, load_options or {}
+            )
     else:
         raise BadOption(f"give a torch module, a folder or a hub id, not a {type(model_or_path).__name__}")
     if progress:

@@ -26,6 +26,7 @@ from qft.loading import load_quantized
 from qft.lora.layer import DequantizedForward
 from qft.lora.model import KEPT_INITS
 from qft.lora.tuners import check_method
+from qft.modes import normal_mode, without_inference_tensors
 from qft.packed import TensorQuantizer
 from qft.pipeline import is_lora
 from qft.quantizer import Quantizer, code_options, float_weight
@@ -58,7 +59,8 @@ def load(folder: str | os.PathLike[str], base: Any = None, *, is_trainable: bool
         what = "has no adapter_config.json" if folder.is_dir() else "does not exist"
         raise BadFolder(f"{folder} {what}: give the folder of an adapter, as qft.save or PEFT writes it")
     check_adapter_files(folder)
-    return load_adapter(folder, base, read_note(folder), is_trainable=is_trainable, **kwargs)
+    with normal_mode():
+        return load_adapter(folder, base, read_note(folder), is_trainable=is_trainable, **kwargs)
 
 
 def load_adapter(
@@ -97,6 +99,7 @@ def load_adapter(
     before, record.forward = record.forward, (note or {}).get("forward", record.forward)
     try:
         with as_it_was(model), _strict_load():
+            without_inference_tensors(model)
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
             put_starts(peft_model, starts)
             if record.forward == "dequantize":

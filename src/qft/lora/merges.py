@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
+from qft.modes import normal_mode
 from qft.quantizer import QuantizedWeight
 
 
@@ -135,7 +136,7 @@ class Merging:
                 raise NonFiniteWeights(f"adapter {name!r} holds NaN or infinity: nothing was merged")
         self.merged_bias(adapter_names)
 
-    @torch.no_grad()
+    @normal_mode()
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, original: Tensor | None = None
     ) -> None:
@@ -220,7 +221,7 @@ class Merging:
         self.merged_adapters.clear()
         self.from_original = False
 
-    @torch.no_grad()
+    @normal_mode()
     def _restore(self) -> None:
         saved, bias = self._saved
         self.quantizer.restore(self.handle, saved)
