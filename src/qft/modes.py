@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qft.registry import quantizer_of
+
 
 class normal_mode(ContextDecorator):
     """Run a block, or a function, without gradients and outside of inference mode.
@@ -34,7 +36,10 @@ class normal_mode(ContextDecorator):
 
 
 def without_inference_tensors(model: nn.Module) -> None:
-    """Replace parameters and buffers that were made in inference mode by copies that can be trained through."""
+    """Replace parameters and buffers that were made in inference mode by copies that can be trained through.
+
+    Codes and constants of quantized layers stay: autograd never saves them, and copies would cost memory.
+    """
     copies: dict[int, Tensor] = {}
 
     def normal(tensor: Tensor) -> Tensor:
@@ -48,7 +53,8 @@ def without_inference_tensors(model: nn.Module) -> None:
 
     with normal_mode():
         for module in model.modules():
+            is_packed = quantizer_of(module) is not None
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
-                    if tensor is not None and tensor.is_inference():
+                    if tensor is not None and tensor.is_inference() and (name == "bias" or not is_packed):
                         held[name] = normal(tensor)
