@@ -106,7 +106,7 @@ def layer(weight, bias=None, standin=None):
 
 def test_kit():
     report = check_quantizer(EETQ())
-    assert len(report.passed) == 15 and not report.ruled_out
+    assert len(report.passed) == 17 and not report.ruled_out
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 192), (192, 64), (128, 256)])

@@ -62,7 +62,7 @@ def unpacked(q, packed, shape, dtype=torch.float32):
 @pytest.mark.parametrize("spec", KIT_SPECS)
 def test_kit(spec):
     report = check_quantizer(qft.get_quantizer(spec))
-    assert len(report.passed) == 15 and not report.ruled_out
+    assert len(report.passed) == 17 and not report.ruled_out
 
 
 # ---- the algorithm ----------------------------------------------------------------------------------------

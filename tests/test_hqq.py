@@ -64,7 +64,7 @@ def hqq_model(builder=qwen2, dtype=torch.float32, skip=("lm_head",), **options):
 @pytest.mark.parametrize("spec", SPECS)
 def test_kit(spec):
     report = check_quantizer(qft.get_quantizer(spec))
-    assert len(report.passed) == 15 and not report.ruled_out
+    assert len(report.passed) == 17 and not report.ruled_out
 
 
 @pytest.mark.parametrize("size", [1.0, 0.02, 1e-4])

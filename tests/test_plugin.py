@@ -58,7 +58,7 @@ def test_an_installed_plugin_is_listed_used_and_conforms(installed):
     )
     error, checks = map(float, out.split())
     assert 0.01 < error < 0.2
-    assert checks == 15
+    assert checks == 17
 
 
 def test_an_adapter_over_a_plugin_loads_only_where_the_plugin_is(installed, tmp_path):

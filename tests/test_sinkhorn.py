@@ -60,7 +60,7 @@ def test_extreme_weights_stay_finite(size):
 def test_kit_options_and_gradients():
     for more in ("", ",symmetric=true", ",double_quant=true"):
         report = check_quantizer(qft.get_quantizer(f"reference:format=int,group_size=32,scaling=sinq{more}"))
-        assert len(report.passed) == 15 and not report.ruled_out
+        assert len(report.passed) == 17 and not report.ruled_out
     with refuses(qft.BadOption, "scaling"):
         qft.get_quantizer("reference:scaling=sinq")
     assert max(both_errors(*pair(llama, "reference:format=int,group_size=32,scaling=sinq", LORA))) < 1e-5
@@ -70,7 +70,7 @@ def test_kit_options_and_gradients():
 def test_hqq(bits):
     own = HQQ(bits=bits, group_size=32, scaling="sinq")
     report = check_quantizer(own)
-    assert len(report.passed) == 15 and not report.ruled_out
+    assert len(report.passed) == 17 and not report.ruled_out
     value, scale = weight(1.0)
     plain = HQQ(bits=bits, group_size=32)
     errors = []

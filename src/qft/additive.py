@@ -31,6 +31,9 @@ SAMPLES = 64
 CONVERGED = 1e-9
 """Of the squared, preconditioned gradient that conjugate gradients started from."""
 
+LEAST = 2.0**-20
+"""Weight of a row in the fit of the codebooks at least, as a share of the largest row's."""
+
 ROOM = 2**26
 """Distances that are held at a time."""
 
@@ -98,9 +101,11 @@ def fit(
     rows, columns = weight.shape
     high, wide = out_group_size, in_group_size
     weight = weight.float()
-    scales = weight.view(rows // high, -1).square().mean(1).sqrt()
-    empty = scales == 0
-    scales = scales.masked_fill(empty, 1e-20)  # too little for anything to be fitted to such rows
+    parts = weight.view(rows // high, -1)
+    peak = parts.abs().amax(1)  # taken out first: squares of tiny values are not floats
+    empty = peak == 0
+    scales = peak * (parts / peak.masked_fill(empty, 1.0)[:, None]).square().mean(1).sqrt()
+    scales = scales.masked_fill(empty, 1e-20)
     order = factor = moment = None
     if second_moment is not None:
         order, moment, factor = _metric(second_moment.to(weight.device, torch.float32), wide, damp)
@@ -238,7 +243,8 @@ class _Problem:
 
     def books(self, codes: Tensor, index: _Index, books: Tensor, scales: Tensor, steps: int) -> Tensor:
         """The codebooks that suit these codes better, by conjugate gradients from `books` on."""
-        power = scales.square().repeat_interleave(self.high)[:, None]
+        # rows are weighed by their size, which is bounded: a vector that only rows of zeros use keeps a finite step
+        power = (scales / scales.amax()).clamp(min=LEAST).square().repeat_interleave(self.high)[:, None]
 
         def gathered(value: Tensor) -> Tensor:
             return index.sums(self.vectors(value).flatten(0, 1)).view_as(books)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.checkpoint import checkpoint
 
 from qft.errors import QftWarning
-from qft.headless import Patch
+from qft.headless import Patch, outside_compiler
 from qft.offloading import Checkpoints
 from qft.positions import counted
 from qft.saying import one_line
@@ -100,6 +100,8 @@ class BlocksForward(Patch):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.module
+        if self.is_traced or (torch.compiler.is_compiling() and self.active and self.plan.weights is not None):
+            return outside_compiler(self, args, kwargs)
         if self.active and self.plan.weights is not None and not torch.compiler.is_compiling():
             self.plan.weights.begin()
         if not (self.active and owner.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
@@ -140,6 +142,8 @@ class BlockForward(Patch):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         block = self.module
+        if self.is_traced:
+            return outside_compiler(self, args, kwargs)
         trains = self.active and block.training and torch.is_grad_enabled()
         if not trains or torch.compiler.is_compiling() or _has_cache(args, kwargs):
             return self.original(*args, **kwargs)

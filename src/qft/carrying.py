@@ -11,6 +11,7 @@ from torch import Tensor
 from qft.inits import Auto, LoftQ
 from qft.inits.lowrank import fit, low_rank
 from qft.lora.layer import QftLinear
+from qft.lora.merges import divisors
 from qft.statistics import Statistics
 
 Factors = tuple[Tensor, Tensor]
@@ -197,7 +198,7 @@ def _computed(layer: QftLinear, adapter: str, value: Tensor) -> Tensor:
     if adapter not in layer.lora_variant:
         return value
     magnitude = layer.lora_magnitude_vector[adapter].weight.to(value)
-    return value * (magnitude / torch.linalg.norm(value, dim=1))[:, None]
+    return value * (magnitude / divisors(value))[:, None]
 
 
 def _start(layer: QftLinear, adapter: str, known: bool, ratio: float) -> Factors | None:

@@ -19,9 +19,23 @@ QftError
 Each says what happened, why, and what to do. A refusal leaves the model as it was.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class QftError(Exception):
     """Base of every error that qft raises on purpose."""
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Put the name of a layer in front of the message of any `QftError` of the block that does not have it yet."""
+    try:
+        yield
+    except QftError as error:
+        if name in str(error):
+            raise
+        raise type(error)(f"{name}: {error}") from error
 
 
 class UnknownQuantizer(QftError, ValueError):

@@ -8,6 +8,7 @@ Where a model's code does anything else with its logits, its own loss is compute
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ class Patch:
         self.module = module
         self.before = module.__dict__.get("forward")
         self.active = True
+        self.told = False
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -40,8 +42,16 @@ class Patch:
 
     @property
     def original(self) -> Any:
-        """The forward without us, bound."""
-        return self.before if self.before is not None else type(self.module).forward.__get__(self.module)
+        """The forward without us, as a function of its arguments."""
+        if self.before is not None:
+            return self.before
+        # not a bound method: after a break in a graph, the compiler finds one by its name, which is ours
+        return functools.partial(type(self.module).forward, self.module)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether the caller's own torch.compile traces this call of a model that trains, which goes around it."""
+        return torch.compiler.is_compiling() and self.active and self.module.training and torch.is_grad_enabled()
 
     def put_on(self) -> None:
         self.module.__dict__["forward"] = self
@@ -53,6 +63,20 @@ class Patch:
             del self.module.__dict__["forward"]
             if self.before is not None:
                 self.module.__dict__["forward"] = self.before
+
+
+@torch.compiler.disable
+def outside_compiler(patch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a patch outside of the caller's torch.compile, and warn once that the latter is not needed."""
+    if not patch.told:
+        patch.told = True
+        warnings.warn(
+            f"qft.optimize_training compiles the blocks of {type(patch.module).__name__} itself, recomputation included: "
+            "torch.compile around it is superfluous in training, and left out",
+            QftWarning,
+            stacklevel=2,
+        )
+    return patch(*args, **kwargs)
 
 
 class HeadlessForward(Patch):
@@ -68,6 +92,8 @@ class HeadlessForward(Patch):
         self._seen: tuple[Tensor, LogitScaling] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_traced:
+            return outside_compiler(self, args, kwargs)
         labels = kwargs.get("labels")
         if labels is None or self.unfit is not None or not self._wanted(kwargs):
             return self.original(*args, **kwargs)

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from qft import hf, marks
-from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
+from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError, about
 from qft.experts import as_stack, pack_parameter
+from qft.finite import ResultCheck
 from qft.paths import did_you_mean, is_adapter
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
 from qft.registry import file_reader, folder_reader, quantizer_of
@@ -48,6 +49,7 @@ class Plan:
         self.error: BaseException | None = None
         self._samples: dict[str, Tensor] = {}
         self._untrimmed = 0
+        self._results = ResultCheck()
 
     def start(self, model: nn.Module) -> None:
         """Every check that needs no weights, on the empty model."""
@@ -95,7 +97,9 @@ class Plan:
         weight = float_weight(layer)
         if not weight.isfinite().all():
             raise NonFiniteWeights(f"{name}.weight holds NaN or infinity: repair the checkpoint, or skip this weight")
-        new = quantizer.quantize_layer(layer)
+        with about(name):
+            new = quantizer.quantize_layer(layer)
+        self._results.add(name, new)
         new.bias = old.bias  # on "meta" still, or loaded already
         new._is_hf_initialized = True
         for parameter in new.parameters():  # or transformers draws them anew, for some parent modules
@@ -117,7 +121,9 @@ class Plan:
             raise BadFolder(f"the checkpoint's {name} is {tuple(value.shape)}, and its config says {tuple(wanted)}")
         if not value.isfinite().all():
             raise NonFiniteWeights(f"{name} holds NaN or infinity: repair the checkpoint, or skip this weight")
-        stack = pack_parameter(model, name, quantizer, value)
+        with about(name):
+            stack = pack_parameter(model, name, quantizer, value)
+        self._results.add(name, stack)
         weight = as_stack(value, stack.transposed)
         self._note(name, quantizer, weight)
         if self.on_weight is not None:
@@ -148,6 +154,7 @@ class Plan:
         absent = [n for n in self.selection.stacks if n not in self.record.quantizers]
         if absent:
             raise BadFolder(f"the checkpoint lacks {len(absent)} weights of its own model, {min(absent)} first")
+        self._results.look()
         for name in self.selection.targets:  # a bias that came after its weight
             model.get_submodule(name).requires_grad_(False)
         shapes = {n: tuple(_shape(model, n)) for n in self._samples}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from qft import hf, marks
 from qft.backends.unquantized import Unquantized
 from qft.drift import Drift, Probe
-from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
+from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation, about
 from qft.floatcopy import FloatCopy
 from qft.lora.exact import merge_exactly
 from qft.lora.experts import adapted_weights
 from qft.lora.merges import Merging, WeightMerge
 from qft.lora.model import QftLoraModel, all_or_nothing
 from qft.lora.view_merging import ViewMerging, available
+from qft.modes import normal_mode
 from qft.originals import Originals
 from qft.quantizer import as_float_dtype
 from qft.sources import learnt_over
@@ -158,15 +158,6 @@ def _active(layer: Any) -> list[str]:
     return [a for a in layer.active_adapters if a in layer.lora_A]
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Put the name of the layer in front of an error."""
-    try:
-        yield
-    except (UnsupportedOperation, NonFiniteWeights) as error:
-        raise type(error)(f"{name}: {error}") from error
-
-
 def _require_adapters(model: nn.Module) -> None:
     marks.record_of(model)
     if not hasattr(model, "peft_config"):
@@ -247,7 +238,7 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
     if original is not None or data is not None:
         _require_plain_state(plan)
     for name, layer, names in plan:
-        with _named(name):
+        with about(name):
             layer.check_merge(names)
     originals = None
     if original is not None:
@@ -261,7 +252,8 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
         for name, layer, names in plan:
             if names:
                 over = {} if source is None else {"original": _source(source, name, layer)}
-                layer.merge(adapter_names=names, **over)
+                with about(name):
+                    layer.merge(adapter_names=names, **over)
                 report.weights[name] = layer.last_merge
         others.merge()
 
@@ -340,7 +332,7 @@ def unmerge(model: nn.Module) -> None:
             module.unmerge()
 
 
-@torch.no_grad()
+@normal_mode()
 def merge_to_float(
     model: nn.Module,
     *,

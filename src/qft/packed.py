@@ -14,6 +14,7 @@ from qft.errors import BadOption, QftError
 from qft.kernels import Codebook
 from qft.lora.autograd import lora_linear
 from qft.lora.operator import Source, Sourced
+from qft.modes import normal_mode
 from qft.quantizer import Kind, QuantizedWeight, Quantizer, float_weight, is_conv1d
 
 _RESERVED = {"weight", "bias", "quantizer", "in_features", "out_features", "kind", "dtype"}
@@ -61,6 +62,7 @@ class PackedModule(nn.Module):
         """The packed tensors of other floats of `handle.shape`."""
         raise NotImplementedError
 
+    @normal_mode()
     def _apply(self, fn, recurse=True):
         packed = {name: self._parameters.pop(name) for name in self.packed_names}
         try:

@@ -32,6 +32,7 @@ from qft.lora.model import (
     targeted,
 )
 from qft.lora.tuners import check_method
+from qft.modes import normal_mode, without_inference_tensors
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
 from qft.quantizer import Quantizer
@@ -198,7 +199,8 @@ def _wrap_lora(
 ) -> PeftModel:
     before, record.forward = record.forward, forward
     try:
-        with as_it_was(model), refused_by_peft():
+        with as_it_was(model), refused_by_peft(), normal_mode():
+            without_inference_tensors(model)
             peft_model = get_peft_model(model, adapter)
             merge_exactly(peft_model)
             if run is not None:
@@ -214,7 +216,8 @@ def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record, for
     check_names(model, adapter)
     before, record.forward = record.forward, forward
     try:
-        with as_it_was(model), refused_by_peft():
+        with as_it_was(model), refused_by_peft(), normal_mode():
+            without_inference_tensors(model)
             peft_model = get_peft_model(model, adapter)
             merge_exactly(peft_model)
             if forward == "dequantize":

@@ -11,6 +11,7 @@ from qft import hf
 from qft.errors import (
     BadOption,
 )
+from qft.modes import normal_mode
 from qft.registry import quantizer_of
 
 
@@ -44,10 +45,11 @@ def prepare_model_for_kbit_training(
     hf.adopt(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if upcast == "all":
-        _upcast_all(model)
-    elif upcast == "norms":
-        _upcast_norms(model)
+    with normal_mode():
+        if upcast == "all":
+            _upcast_all(model)
+        elif upcast == "norms":
+            _upcast_norms(model)
     if upcast != "none" and auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if hasattr(model, "enable_input_require_grads"):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qft.devices import twin_for
-from qft.errors import BadOption, MissingDependency, QftWarning, UnsupportedDevice, UnsupportedOperation
+from qft.errors import BadOption, MissingDependency, QftWarning, UnsupportedDevice, UnsupportedOperation, about
 
 if TYPE_CHECKING:
     from qft.kernels import Codebook
@@ -300,6 +300,14 @@ class Quantizer(ABC):
         """
         return self
 
+    def leaves(self, shape: tuple[int, ...]) -> str | None:
+        """Why a linear layer with a weight of `shape`, (out_features, in_features), stays float; None if it does not.
+
+        For shapes that the format's own package computes wrongly; a shape that the format cannot hold is refused by
+        `resolve`.
+        """
+        return None
+
     def on_device(self, device: torch.device) -> Quantizer:
         """The quantizer to use on `device`: itself, or one of the same format that runs there; on MPS its packed twin.
 
@@ -389,7 +397,8 @@ class Quantizer(ABC):
         for name in progress(targets) if progress else targets:
             layer = model.get_submodule(name)
             statistics = (calibration or {}).get(name)
-            new = self.quantize_layer(layer, statistics=statistics)
+            with about(name):
+                new = self.quantize_layer(layer, statistics=statistics)
             replace_module(model, name, new)
             if on_weight is not None:
                 for weight in self.weights(new):

@@ -26,13 +26,16 @@ from qft.errors import (
     NeedsOriginal,
     QftWarning,
     UnsupportedDevice,
+    about,
 )
 from qft.experts import as_stack, pack_parameter, packed_weights
+from qft.finite import ResultCheck, is_ordinary, largest_values, try_experts, try_layer
 from qft.loading import Plan, load_quantized, stored_quantization
+from qft.modes import normal_mode
 from qft.quantizer import OnWeight, Quantizer, code_options
 from qft.registry import Spec, file_reader, parse_spec, quantizer_of
 from qft.saying import quiet, say
-from qft.selection import Selection, check_finite, select, settle, target_weights
+from qft.selection import Selection, select, settle, target_weights
 from qft.statistics import StatisticsKind
 
 Prepare = Callable[[nn.Module, Iterable[str]], None]
@@ -131,11 +134,13 @@ def quantize_as(
     if isinstance(model_or_path, nn.Module):
         if load_options:
             raise BadOption(f"{', '.join(load_options)}: these are for loading from a path, and a model was given")
-        model = _quantize_in_memory(model_or_path, spec, skip, target, progress, on_weight, prepare, data)
+        with normal_mode():
+            model = _quantize_in_memory(model_or_path, spec, skip, target, progress, on_weight, prepare, data)
     elif isinstance(model_or_path, str | os.PathLike):
-        model = _quantize_path(
-            os.fspath(model_or_path), spec, skip, target, progress, on_weight, prepare, data, load_options or {}
-        )
+        with normal_mode():
+            model = _quantize_path(
+                os.fspath(model_or_path), spec, skip, target, progress, on_weight, prepare, data, load_options or {}
+            )
     else:
         raise BadOption(f"give a torch module, a folder or a hub id, not a {type(model_or_path).__name__}")
     if progress:
@@ -209,8 +214,9 @@ def _quantize_in_memory(
             raise UnsupportedDevice(
                 f"{name} is on the meta device and has no values: load the model, or give qft.quantize its folder"
             )
-    check_finite(named)
+    largest = dict(zip(weights, largest_values(named).values(), strict=True))
     selection = settle(selection, weights, device)
+    _try_extremes(model, selection, weights, largest, device)
     if prepare is not None:
         prepare(model, [*selection.targets, *experts_modules(selection.stacks)])
     read = data.batches(model) if data is not None else []
@@ -239,6 +245,7 @@ def _quantize_in_memory(
             progress=progress,
         )
     doubts: dict[str, str] = {}
+    results = ResultCheck()
     with (
         closing(groups),
         _all_or_marked(
@@ -264,7 +271,11 @@ def _quantize_in_memory(
                     for parameter in module.parameters():
                         parameter.requires_grad_(False)
                     record.quantizers[name] = q
-        _quantize_stacks(model, selection, record, device, on_weight, _bar(progress, "quantizing experts"))
+                    results.add(name, module)
+            if data is not None:  # later groups would calibrate on what these compute
+                results.look()
+        _quantize_stacks(model, selection, record, device, on_weight, _bar(progress, "quantizing experts"), results)
+        results.look()
         if device is not None:
             model.to(device)
     record.fingerprint = marks.fingerprint(shapes, samples)
@@ -273,6 +284,22 @@ def _quantize_in_memory(
         name = next(iter(doubts))
         warnings.warn(f"{name} and {len(doubts) - 1} other layers: {doubts[name]}", QftWarning, stacklevel=4)
     return model
+
+
+def _try_extremes(
+    model: nn.Module,
+    selection: Selection,
+    weights: Mapping[str, Tensor],
+    largest: Mapping[str, float],
+    device: torch.device | None,
+) -> None:
+    """Try the weights whose values are not ordinary, so that a format that cannot hold them refuses before a change."""
+    for name, q in selection.targets.items():
+        if not is_ordinary(largest[name]):
+            try_layer(name, model.get_submodule(name), q, device)
+    for name, stack_quantizer in selection.stacks.items():
+        if not is_ordinary(largest[name]):
+            try_experts(name, weights[name], stack_quantizer)
 
 
 def experts_modules(stacks: Iterable[str]) -> list[str]:
@@ -287,6 +314,7 @@ def _quantize_stacks(
     device: torch.device | None,
     on_weight: OnWeight | None,
     bar: Any,
+    results: ResultCheck,
 ) -> None:
     """Pack fused experts, one weight after the other."""
     names = list(selection.stacks)
@@ -295,8 +323,10 @@ def _quantize_stacks(
         value = model.get_submodule(parent_name)._parameters[last].detach()
         value = value if device is None else value.to(device)
         q: Any = selection.stacks[name]
-        stack = pack_parameter(model, name, q, value)
+        with about(name):
+            stack = pack_parameter(model, name, q, value)
         record.quantizers[name] = q
+        results.add(name, stack)
         if on_weight is not None:
             on_weight(name, as_stack(value, stack.transposed), stack.unpacked(torch.float32), None)
 

@@ -30,6 +30,7 @@ from qft.lora.layer import DequantizedForward
 from qft.lora.merges import Merging
 from qft.lora.model import KEPT_INITS
 from qft.lora.tuners import check_method
+from qft.modes import normal_mode, without_inference_tensors
 from qft.noted import REWRITTEN
 from qft.packed import TensorQuantizer
 from qft.pipeline import is_lora
@@ -68,7 +69,8 @@ def load(folder: str | os.PathLike[str], base: Any = None, *, is_trainable: bool
         hint = f"; there are adapters in {', '.join(inside[:3])}" if inside else ""
         raise BadFolder(f"{folder} {what}: give the folder of an adapter, as qft.save or PEFT writes it{hint}")
     check_adapter_files(folder)
-    return load_adapter(folder, base, read_note(folder), is_trainable=is_trainable, **kwargs)
+    with normal_mode():
+        return load_adapter(folder, base, read_note(folder), is_trainable=is_trainable, **kwargs)
 
 
 def load_adapter(
@@ -117,6 +119,7 @@ def load_adapter(
     before, record.forward = record.forward, (note or {}).get("forward", record.forward)
     try:
         with as_it_was(model), _strict_load():
+            without_inference_tensors(model)
             name = _top_name(note)
             peft_model = PeftModel.from_pretrained(
                 model, str(folder), adapter_name=name, is_trainable=is_trainable, config=config

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qft.backends.unquantized import is_float_linear
 from qft.direct_reads import direct_reads
-from qft.errors import BadOption, NonFiniteWeights, NoTargets
+from qft.errors import BadOption, NoTargets
 from qft.experts import as_stack, fused_parameters
 from qft.quantizer import Quantizer, float_weight, is_conv1d
 from qft.structure import heads, output_embeddings, routers
@@ -77,6 +77,8 @@ def select(
             chosen.left[name] = f"a {type(module).__name__}, not a plain float linear"
         elif quantizer is None:
             chosen.left[name] = "no pattern asks for it"
+        elif (why := quantizer.leaves(tuple(float_weight(module).shape))) is not None:
+            chosen.left[name] = why
         else:
             chosen.targets[name] = quantizer
     unused = skips.unused()
@@ -212,23 +214,6 @@ def _fused_experts(model: nn.Module) -> dict[str, int]:
             if p is not None and p.ndim == 3 and p.is_floating_point():
                 found[f"{name}.{key}"] = p.numel() * p.element_size()
     return found
-
-
-def check_finite(weights: Mapping[str, Tensor]) -> None:
-    """Raise `NonFiniteWeights`, by name, if a weight holds NaN or infinity. One read of each weight."""
-    by_device: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
-    for name, weight in weights.items():
-        # a finite sum in float32 means finite terms; the exact look is for the rare others
-        total = weight.sum(dtype=torch.float32)
-        by_device[total.device][name] = total
-    for sums in by_device.values():
-        finite = torch.stack(list(sums.values())).isfinite().tolist()
-        for name, ok in zip(sums, finite, strict=True):
-            if not ok and not weights[name].isfinite().all():
-                raise NonFiniteWeights(
-                    f"{name} holds NaN or infinity: quantizing it would spread them; repair the checkpoint, or "
-                    "leave this weight in float with skip="
-                )
 
 
 def settle(selection: Selection, weights: Mapping[str, Tensor], device: torch.device | None = None) -> Selection:

@@ -11,7 +11,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from qft import marks
-from qft.errors import BadShape, QftError, UnsupportedOperation
+from qft.errors import BadShape, NonFiniteWeights, QftError, UnsupportedOperation
+from qft.hostile import Hostile, hostile_updates, hostile_weights
 from qft.lora.autograd import Update, lora_linear
 from qft.merging import merge, merge_to_float, unmerge
 from qft.packed import dequantizer
@@ -116,6 +117,8 @@ class _Run:
             self.copies_and_casts_keep_the_weight,
             self.nbytes_is_true,
             self.gradients_match_float64,
+            self.hostile_weights_are_right_or_refused,
+            self.hostile_updates_are_merged_or_refused,
             self.model_trains_and_merges,
             self.model_saves_and_loads,
         ):
@@ -142,9 +145,9 @@ class _Run:
             return False
         return True
 
-    def quantize(self, model: nn.Module) -> nn.Module:
-        """A sequential model of 64 inputs, quantized over normal data where that is needed."""
-        data = torch.randn(512, 64, generator=torch.Generator().manual_seed(5)).to(self.device)
+    def quantize(self, model: nn.Module, inputs: int = 64, dtype: torch.dtype | None = None) -> nn.Module:
+        """A sequential model, quantized over normal data where that is needed."""
+        data = torch.randn(512, inputs, generator=torch.Generator().manual_seed(5)).to(self.device, dtype)
         needs = self.quantizer.capabilities.needs_calibration
         return quantize(model, self.quantizer, calibration=[{"input": data}] if needs else None, progress=False)
 
@@ -348,6 +351,81 @@ class _Run:
             for name, mine, theirs in zip("xAB", (x, a, b), exact, strict=True):
                 error = _relative(mine.grad, theirs.grad)
                 assert error < 1e-4, f"the gradient of {name} is {error:.1e} off"
+
+    # ---- hostile weights ---------------------------------------------------------------------------------
+
+    def hostile_weights_are_right_or_refused(self) -> None:
+        refused = []
+        for i, case in enumerate(hostile_weights()):
+            for dtype in dict.fromkeys((self.dtypes[0], self.dtypes[i % len(self.dtypes)])):
+                weight = case.weight.to(self.device, dtype)
+                if not weight.isfinite().all():
+                    continue
+                layer = nn.Linear(weight.shape[1], weight.shape[0], device=self.device, dtype=dtype)
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+                model = nn.Sequential(layer)
+                try:
+                    self.quantize(model, weight.shape[1], dtype)
+                except QftError as error:
+                    assert model[0] is layer and layer.weight is not None, (
+                        f"{case.name}: {error}; the layer was changed"
+                    )
+                    refused.append(case.name)
+                    continue
+                self._check_hostile(case, model[0], weight)
+        told = [name for name in refused if "row of zeros" in name or "storage" in name]
+        assert not told, f"refused: {', '.join(told)}"
+
+    def _check_hostile(self, case: Hostile, new: nn.Module, weight: Tensor) -> None:
+        q = new._qft_quantizer
+        (handle,) = q.weights(new)
+        w, w_hat = weight.double(), q.dequantize(handle, dtype=torch.float32)
+        assert w_hat.isfinite().all(), f"{case.name} ({weight.dtype}): Ŵ holds NaN or infinity"
+        error, norm = float((w_hat.double() - w).norm()), float(w.norm())
+        bound = 1.25 * self.max_error if case.as_usual else max(1.02, self.max_error)
+        assert error <= bound * norm + 1e-12, f"{case.name} ({weight.dtype}): ‖W − Ŵ‖ / ‖W‖ = {error / norm:.3f}"
+        if q.capabilities.exact_forward:
+            # small enough for outputs in float16, large enough for those of denormal weights not to matter
+            x = (torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(6)) / 16).to(weight)
+            with torch.no_grad():
+                y = new.train()(x).double()
+            bias = 0 if handle.bias is None else handle.bias.double()
+            exact, terms = x.double() @ w_hat.double().T + bias, x.double().abs() @ w_hat.double().abs().T + abs(bias)
+            slack = 8 * torch.finfo(weight.dtype).eps * float(terms.norm())
+            assert float((y - exact).norm()) <= slack, f"{case.name} ({weight.dtype}): the forward is not x Ŵᵀ + b"
+        if q.capabilities.requantize:
+            before = {k: v.clone() for k, v in new.state_dict().items()}
+            saved = q.snapshot(handle)
+            q.requantize(handle, weight.float())
+            again = q.dequantize(q.weights(new)[0], dtype=torch.float32)
+            assert again.isfinite().all(), f"{case.name} ({weight.dtype}): requantize makes NaN or infinity"
+            q.restore(q.weights(new)[0], saved)
+            changed = [k for k, v in new.state_dict().items() if not _same_bits(v, before[k])]
+            assert not changed, f"{case.name}: {changed} differ after restore"
+
+    def hostile_updates_are_merged_or_refused(self) -> bool | None:
+        if not self.quantizer.capabilities.merge_to_quantized:
+            return True
+        torch.manual_seed(7)
+        base = nn.Sequential(nn.Linear(64, 64)).to(self.device)
+        self.quantize(base)
+        model = wrap(base, LoraConfig(r=1, lora_alpha=1, target_modules="all-linear")).eval()
+        layer, x = marks.base_model(model)[0], torch.randn(9, 64, device=self.device)
+        weight = layer.quantizer.dequantize(layer.handle, dtype=torch.float32)
+        for name, b, a in hostile_updates(weight):
+            with torch.no_grad():
+                layer.lora_A["default"].weight.copy_(a)
+                layer.lora_B["default"].weight.copy_(b)
+                before, y = {k: v.clone() for k, v in model.state_dict().items()}, model(x)
+                assert _relative(y, x @ (weight + b @ a).T + layer.handle.bias) < 1e-5, f"{name}: the outputs are wrong"
+                with suppress(NonFiniteWeights):  # beyond what the format holds
+                    merge(model)
+                merged = layer.quantizer.dequantize(layer.handle, dtype=torch.float32)
+                assert merged.isfinite().all() and model(x).isfinite().all(), f"{name}: merged to NaN or infinity"
+                unmerge(model)
+                changed = [k for k, v in model.state_dict().items() if not _same_bits(v, before[k])]
+                assert not changed, f"{name}: {changed} differ after unmerge, or after a refused merge"
+        return None
 
     # ---- a small model -----------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from qft.guard import refused_by_peft
 from qft.loading import stored_quantization
 from qft.lora.layer import QftLinear
 from qft.lora.model import check_saved_modules
+from qft.modes import normal_mode
 from qft.quantizing import quantize_as
 from qft.registry import Spec, parse_spec
 from qft.restoring import check_adapter_files
@@ -100,7 +101,8 @@ def transfer(
         if base is not None:
             raise BadOption("base= is for an adapter's folder; a model has its base under it")
         job.check_options(original)
-        return job.run(folder_or_model, original)
+        with normal_mode():
+            return job.run(folder_or_model, original)
     folder = as_path(folder_or_model)
     if (folder / "adapter_config.json").is_file():  # else load says what is wrong
         check_adapter_files(folder)
@@ -108,7 +110,7 @@ def transfer(
         if base is None and not (read_note(folder) or {"base_stored": True})["base_stored"]:
             base = original
         job.check_options(original, base or folder)
-    with loaded(folder, base, target, load_options) as source:
+    with normal_mode(), loaded(folder, base, target, load_options) as source:
         return job.run(source, original)
 
 

@@ -57,7 +57,7 @@ def float_twin(model: nn.Module, quantizers: Iterable[Quantizer | None]) -> Iter
     memo: dict[int, nn.Parameter] = {}
     if all(q is None or type(q).quantize is Quantizer.quantize for q in quantizers):
         for module in model.modules():
-            if is_float_linear(module) and id(module.weight) not in memo:
+            if is_float_linear(module) and id(module.weight) not in memo and not module.weight.is_inference():
                 memo[id(module.weight)] = nn.Parameter(module.weight.detach(), module.weight.requires_grad)
                 shared.append((module.weight, memo[id(module.weight)]))
     twin = copy.deepcopy(model, memo)

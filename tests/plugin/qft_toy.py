@@ -19,6 +19,12 @@ class Toy(qft.TensorQuantizer):
     def capabilities(self):
         return qft.Capabilities(bits=4, devices=frozenset({"cpu", "cuda"}), requantize=True)
 
+    def resolve(self, shapes):
+        for name, shape in shapes:
+            if shape[-1] % 2:
+                raise qft.BadShape(f"{name} has in_features {shape[-1]}, and a byte holds two codes: skip this weight")
+        return self
+
     def pack(self, weight, *, statistics=None):
         scale = (weight.float().abs().amax(1, keepdim=True) * self.clip / 7).clamp(min=1e-30)
         codes = ((weight.float() / scale).round().clamp(-7, 7) + 8).to(torch.uint8)

@@ -343,6 +343,9 @@ class BitsAndBytes8bit(_BitsAndBytes):
     def capabilities(self) -> Capabilities:
         return Capabilities(bits=8, devices=DEVICES, requantize=True, exact_forward=False)
 
+    def leaves(self, shape: tuple[int, ...]) -> str | None:
+        return "bitsandbytes computes int8 layers with one input feature wrongly" if shape[-1] == 1 else None
+
     def for_experts(self) -> TensorQuantizer:
         """quanto's int8, a scale a row as here, in the weight's dtype; bitsandbytes has no layer for experts."""
         from qft.backends.quanto import Quanto

@@ -135,7 +135,7 @@ class HQQ(TensorQuantizer):
         groups, top = in_groups(weight.float(), size, self.axis), 2**self.bits - 1
         # a power of two, on the device: nothing waits for it, and it changes no code that the bounds leave alone
         largest = groups.abs().amax()
-        factor = torch.where(largest > 0, SMALL / largest, 1.0).log2().ceil().clamp(min=0).exp2()
+        factor = torch.where(largest > 0, SMALL / largest, 1.0).log2().ceil().clamp(0, 120).exp2()
         groups = groups * factor
         low, high = groups.amin(self.axis, keepdim=True), groups.amax(self.axis, keepdim=True)
         width = high - low

@@ -246,15 +246,20 @@ class Reference(TensorQuantizer):
         top = 2**self.bits - 1
         if self.symmetric:
             scale, zero = groups.abs().amax(-1) / (2 ** (self.bits - 1) - 1), None
+            scale = _filled(scale) if self.double_quant else scale
         else:
             low, high = groups.amin(-1), groups.amax(-1)
             scale = (high - low) / top
+            constant = scale == 0
             # a constant group: one step of its own size, so that code 0 or 1 gives the value
-            scale = torch.where(scale == 0, torch.where(low == 0, 1.0, low.abs()), scale)
+            own = torch.where(low == 0, 1.0, low.abs())
+            scale = _filled(scale) if self.double_quant else torch.where(constant, own, scale)
             # a nearly constant one: steps no finer than the stored zero point can count
             steps = 2**20 if weight.dtype == torch.float32 and not self.double_quant else MOST_STEPS
             scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / steps)
             zero = -low / scale
+            if self.double_quant:  # the stored zero point is rounded: leave room for that on both sides
+                zero = zero + torch.where(constant, float(2 ** (self.bits - 1)), 0.0)
         scale = torch.where(scale == 0, 1.0, scale)
         # float16 has no room for the scales of small weights; codes are for the scale as it is stored
         packed = self._constants(scale, "scale", torch.bfloat16 if weight.dtype == torch.float16 else weight.dtype)
@@ -282,6 +287,12 @@ class Reference(TensorQuantizer):
         n = prod(shape)
         codes = unpack_bits(packed["qweight"], self.bits, n).view(*scale.shape, -1)
         return ((codes.float() - offset) * scale[..., None]).view(shape)
+
+
+def _filled(scale: Tensor) -> Tensor:
+    """Scales of constant groups set to the mean of the others: constants in 8 bits share a range with them."""
+    mean = scale.sum() / (scale > 0).sum().clamp(min=1)
+    return torch.where(scale == 0, torch.where(mean == 0, 1.0, mean), scale)
 
 
 def _constants_nbytes(n: int) -> int:

@@ -103,17 +103,19 @@ class SINQ(TensorQuantizer):
         rows = in_groups(value / columns.float(), size)
         low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
         scale = ((high - low) / top).clamp(max=6e4)
-        scale = torch.where(scale == 0, 1.0, scale)
         packed = {"column_scale": columns}
         if self.double_quant:
             tiled = scale.view(TILE, -1)
+            # any scale suits a group of zeros: one that does not widen the range of its tile
+            tiled = torch.where(tiled == 0, tiled.amax(0, keepdim=True), tiled)
+            tiled = torch.where(tiled == 0, 1.0, tiled)
             least = tiled.amin(0, keepdim=True).clamp(min=2.0**-24)
             step = ((tiled.amax(0, keepdim=True) - least) / 255).half()
             codes = (tiled - least.half().float()) / torch.where(step == 0, 1.0, step.float())
             # upwards, so that no weight is cut off
             packed |= {"scale": codes.ceil().clamp(0, 255).byte(), "scale_step": step, "scale_low": least.half()}
         else:
-            packed["scale"] = scale.clamp(min=2.0**-24).half()
+            packed["scale"] = torch.where(scale == 0, 1.0, scale).clamp(min=2.0**-24).half()
         stored = self._constant(packed, "scale")
         zero = (-low / stored).round().clamp(0, top)
         if self.double_quant:

@@ -131,6 +131,10 @@ class TorchAO(Quantizer):
                 )
         return dataclasses.replace(self, group_size=size)
 
+    def leaves(self, shape: tuple[int, ...]) -> str | None:
+        per_row = self.format != "nf4" and self.group_size in (None, ROW)
+        return "torchao drops the scales of layers with one input feature" if per_row and shape[-1] == 1 else None
+
     def on_device(self, device: torch.device) -> Quantizer:
         if self.format == "int4" and device.type != "mps":
             self.check_installed()

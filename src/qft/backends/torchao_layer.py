@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qft import kernels
 from qft.lora.autograd import lora_linear
+from qft.modes import normal_mode
 
 PREFIX = "_weight_"
 """Leaves in state dicts and files are called as torchao's own safetensors call them, such as `_weight_qdata`."""
@@ -50,6 +51,7 @@ class TorchAOLinear(nn.Linear):
         """Put a weight of changed leaves in the weight's place; `dtype` is what it shows, where its class lets it."""
         self.weight = _parameter(rebuilt(self.weight.detach(), change, dtype))
 
+    @normal_mode()
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchAOLinear:
         # torchao clones an NF4Tensor by quantizing it again
         if id(self.weight) not in memo:
@@ -58,6 +60,7 @@ class TorchAOLinear(nn.Linear):
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 
+    @normal_mode()
     def _apply(self, fn, recurse=True):
         weight, bias = self._parameters.pop("weight"), self._parameters.get("bias")
         try:
@@ -177,7 +180,7 @@ def _unwrapped(weight: Any) -> Any:
     return weight.original_weight_tensor if type(weight).__name__ == "LinearActivationQuantizedTensor" else weight
 
 
-@torch.no_grad()
+@normal_mode()  # subclasses of tensors cannot be detached in inference mode
 def floats(weight: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The weight in `dtype`, (out_features, in_features): torchao's own numbers, rounded once.
 

@@ -19,6 +19,7 @@ from qft.inits.base import AdapterInit
 from qft.lora.experts import adapted_weights, joined
 from qft.lora.model import targeted
 from qft.marks import record_of
+from qft.modes import normal_mode
 from qft.quantizer import Quantizer
 from qft.registry import quantizer_of
 from qft.statistics import Statistics
@@ -106,7 +107,7 @@ class InitRun:
         )
         return rank, alpha / rank**0.5 if config.use_rslora else alpha / rank
 
-    @torch.no_grad()
+    @normal_mode()
     def on_weight(self, name: str, weight: Tensor, quantized: Tensor, statistics: Statistics | None) -> None:
         """Compute the start of one layer's adapter; called with the quantized layer in its place."""
         found = self.rank_and_scaling(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from qft.kept import KeptParameter, give_back, give_own
 from qft.lora.merges import Merging, refuse_training
 from qft.lora.view_merging import ViewMerging
+from qft.modes import normal_mode
 
 
 class ExactMerging:
@@ -23,7 +23,7 @@ class ExactMerging:
 
     _own: list[tuple[nn.Module, str, KeptParameter]] | None = None
 
-    @torch.no_grad()
+    @normal_mode()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge by PEFT's own code into parameters that belong to this layer alone."""
         fresh = self._own is None
@@ -35,7 +35,7 @@ class ExactMerging:
             if fresh and not self.merged:
                 self._give_back()
 
-    @torch.no_grad()
+    @normal_mode()
     def unmerge(self) -> None:
         """Put the parameters of before the merge back; those that were shared are shared again."""
         if self.merged:

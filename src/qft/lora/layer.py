@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
@@ -111,6 +112,9 @@ class QftLinear(Sourced, Merging, Linear):
                 super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         finally:
             self.in_features = in_features
+        magnitude = self.lora_magnitude_vector[adapter_name] if adapter_name in self.lora_magnitude_vector else None
+        if type(magnitude) is DoraLinearLayer:
+            magnitude.__class__ = DoraMagnitude
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -215,6 +219,14 @@ class QftLinear(Sourced, Merging, Linear):
 
     def __repr__(self) -> str:
         return "qft." + super().__repr__()
+
+
+class DoraMagnitude(DoraLinearLayer):
+    """PEFT's magnitudes of DoRA, without its division of zero by zero in rows of zeros."""
+
+    def get_weight_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        norm = super().get_weight_norm(*args, **kwargs)
+        return torch.where(norm > 0, norm, 1.0)
 
 
 class DequantizedForward:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
 from qft.kept import KeptParameter, give_back, give_own, keep
+from qft.modes import normal_mode
 from qft.quantizer import QuantizedWeight
 
 
@@ -121,8 +122,7 @@ class Merging:
             delta = self.delta(name, weight, learnt=learnt)
             if name in self.lora_variant:  # DoRA, arXiv 2402.09353, equation 5
                 magnitude = self.lora_magnitude_vector[name].weight.to(weight)
-                norm = torch.linalg.norm(weight + delta, dim=1)
-                value.add_(delta).mul_((magnitude / norm)[:, None])
+                value.add_(delta).mul_((magnitude / divisors(weight + delta))[:, None])
             else:
                 value.add_(delta)
         if not value.isfinite().all():
@@ -171,7 +171,7 @@ class Merging:
                 raise NonFiniteWeights(f"adapter {name!r} holds NaN or infinity: nothing was merged")
         self.merged_bias(adapter_names)
 
-    @torch.no_grad()
+    @normal_mode()
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, original: Tensor | None = None
     ) -> None:
@@ -213,7 +213,7 @@ class Merging:
         self._saved = (self.quantizer.snapshot(handle), None if old_bias is None else keep(old_bias))
         shift = None if original is not None else self._group_shift(names, handle)
         if shift is None:
-            self.quantizer.requantize(handle, wanted)
+            self._requantize(names, handle, wanted)
         else:
             self.quantizer.shift(handle, shift)
         if bias is not old_bias:
@@ -226,6 +226,14 @@ class Merging:
                 f"merging {', '.join(names)} goes beyond what {self.quantizer!r} can store: nothing was merged"
             )
         self.last_merge = compare_merge(before, tuned, after)
+
+    def _requantize(self, names: list[str], handle: QuantizedWeight, wanted: Tensor) -> None:
+        try:
+            self.quantizer.requantize(handle, wanted)
+        except BadOption as error:  # the format's own check of the range
+            raise NonFiniteWeights(
+                f"merging {', '.join(names)} goes beyond what {self.quantizer!r} can store: nothing was merged ({error})"
+            ) from error
 
     def _group_shift(self, names: list[str], handle: QuantizedWeight) -> Tensor | None:
         """What these adapters add to each of the quantizer's groups, (out_features, groups) in float32; None where
@@ -248,7 +256,7 @@ class Merging:
         self.merged_adapters.clear()
         self.from_original = False
 
-    @torch.no_grad()
+    @normal_mode()
     def _restore(self) -> None:
         saved, bias = self._saved
         self.quantizer.restore(self.handle, saved)
@@ -260,6 +268,12 @@ class Merging:
         """`scaling * B @ A`, (out_features, in_features), in the adapter's dtype; group-pooled ones expanded."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return (self._expanded(adapter, b.float() @ a.float()) * self.scaling[adapter]).to(b.dtype)
+
+
+def divisors(weight: Tensor) -> Tensor:
+    """The norms of a weight's rows as DoRA divides by them: 1 for rows of zeros, which stay zero."""
+    norms = torch.linalg.norm(weight, dim=1)
+    return torch.where(norms > 0, norms, 1.0)
 
 
 def compare_merge(before: Tensor, wanted: Tensor, after: Tensor) -> WeightMerge:

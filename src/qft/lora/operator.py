@@ -176,7 +176,9 @@ def _differentiate(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     gx = found.pop(0) if need_x else None
     gbias = bias_gradient(g, ctx.bias_dtype) if need_bias else None
     grads = [found.pop(0) if n else None for n in needs]
-    return gx, None, None, None, None, gbias, grads, [None] * len(products), None, None, None
+    # torch takes an empty list for one of tensors, whose gradient is an empty list, too
+    layout = ([] if not values else None for values in ctx.layout)
+    return gx, None, None, None, None, gbias, grads, [None] * len(products), *layout
 
 
 torch.library.register_autograd("qft::lora_linear", _differentiate, setup_context=_save, lib=_library)

@@ -18,6 +18,7 @@ from qft.guard import brief
 from qft.kept import KeptParameter, give_back, give_own, keep
 from qft.lora.merges import WeightMerge, compare_merge, refuse_training
 from qft.lora.view import LinearView
+from qft.modes import normal_mode
 
 
 def available(layer: BaseTunerLayer, names: list[str] | None = None) -> list[str]:
@@ -52,7 +53,7 @@ class ViewMerging:
         if names and not self.merged:
             self._check_bias(merged_by_peft(self, names)[2])
 
-    @torch.no_grad()
+    @normal_mode()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the quantized weight; adapters merged earlier are merged again with the new ones.
 
@@ -95,7 +96,7 @@ class ViewMerging:
             )
         self.last_merge = compare_merge(before, wanted, after)
 
-    @torch.no_grad()
+    @normal_mode()
     def unmerge(self) -> None:
         """Put the quantized weight back, to the bit."""
         if self._unmerged is not None:
