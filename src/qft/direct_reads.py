@@ -80,12 +80,12 @@ def _reads_of(cls: type) -> tuple[_Read, ...]:
 def _search(node: ast.AST, method: str, conditions: tuple[tuple[ast.expr, bool], ...]) -> Iterator[_Read]:
     if isinstance(node, ast.If | ast.IfExp):
         yield from _search(node.test, method, conditions)
-        then = node.body if isinstance(node.body, list) else [node.body]
-        other = node.orelse if isinstance(node.orelse, list) else [node.orelse]
-        for child in then:
-            yield from _search(child, method, (*conditions, (node.test, True)))
-        for child in other:
-            yield from _search(child, method, (*conditions, (node.test, False)))
+        for branch, wanted in ((node.body, True), (node.orelse, False)):
+            statements = branch if isinstance(branch, list) else [branch]
+            yield from _search_all(statements, method, (*conditions, (node.test, wanted)))
+        return
+    if isinstance(node, ast.FunctionDef):
+        yield from _search_all(node.body, method, conditions)
         return
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr"):
         return
@@ -98,6 +98,14 @@ def _search(node: ast.AST, method: str, conditions: tuple[tuple[ast.expr, bool],
             return
     for child in ast.iter_child_nodes(node):
         yield from _search(child, method, conditions)
+
+
+def _search_all(statements: list[Any], method: str, conditions: tuple[tuple[ast.expr, bool], ...]) -> Iterator[_Read]:
+    """Search statements in order; what follows `if test: return ...` runs where the test is false."""
+    for statement in statements:
+        yield from _search(statement, method, conditions)
+        if isinstance(statement, ast.If) and isinstance(statement.body[-1], ast.Return | ast.Raise):
+            conditions = (*conditions, (statement.test, False))
 
 
 def _path(node: ast.AST) -> tuple[str, ...] | None:

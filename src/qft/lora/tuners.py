@@ -113,6 +113,7 @@ class OverQuantized(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         for layer in _view_layers(model):
             allow_merging(layer)
+            layer.train(layer.get_base_layer().training)  # a new layer would train in a model in eval mode
         merge_exactly(model)
         self.peft_config[adapter_name] = noted(self.peft_config[adapter_name], model)
         DequantizedForward.take_off(model)

@@ -1,0 +1,124 @@
+"""Layers whose weight the model's own code reads stay float and get no adapter."""
+
+import pytest
+import torch
+from helpers import refuses
+from models import batch, llama, relative
+from peft import LoraConfig
+from torch import nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    WavLMConfig,
+    WavLMForSequenceClassification,
+)
+
+import qft
+from qft.direct_reads import direct_reads
+from qft.errors import BadOption
+from qft.registry import quantizer_of
+
+
+def wavlm():
+    torch.manual_seed(0)
+    config = WavLMConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16, 16), conv_stride=(4, 4),
+        conv_kernel=(8, 4), num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+        classifier_proj_size=16, layerdrop=0.0, apply_spec_augment=False,
+    )  # fmt: skip
+    return WavLMForSequenceClassification(config).eval()
+
+
+def mamba():
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, state_size=8, num_hidden_layers=2)).eval()
+
+
+def bloom(**options):
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4, **options)).eval()
+
+
+def run(model):
+    x = torch.randn(2, 800, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(x if model.config.model_type == "wavlm" else batch(0, (2, 8))).logits
+
+
+BUILDERS = {"wavlm": wavlm, "mamba": mamba, "exact bloom": lambda: bloom(pretraining_tp=2, slow_but_exact=True)}
+READ = {"wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"}, "mamba": {"x_proj", "dt_proj", "out_proj"},
+        "exact bloom": {"dense", "dense_4h_to_h"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("spec", ["nf4", "reference"])
+def test_what_is_read_stays_float_and_the_rest_trains(tmp_path, name, spec):
+    model = BUILDERS[name]()
+    found = direct_reads(model)
+    assert {n.rpartition(".")[2] for n in found} == READ[name]
+    expected = run(model)
+    model.save_pretrained(tmp_path)
+    for given in (model, tmp_path):
+        quantized = qft.quantize(given, spec, progress=False)
+        left = quantized._qft.left
+        assert all(quantizer_of(quantized.get_submodule(n)) is None and "read directly" in left[n] for n in found)
+        assert relative(run(quantized), expected) < 0.5
+    wrapped = qft.wrap(quantized, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+    assert not any(hasattr(m, "lora_A") and n in found for n, m in wrapped.get_base_model().named_modules())
+    with torch.no_grad():
+        assert relative(run(qft.merge_to_float(wrapped)), run(wrapped)) < 1e-5
+    x = torch.randn(2, 800) if name == "wavlm" else batch(0, (2, 8))
+    wrapped.train()(x).logits.float().pow(2).sum().backward()
+    assert all(p.grad is not None for n, p in wrapped.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["wavlm", "mamba"])
+def test_a_layer_that_is_never_called_is_refused_by_name(name):
+    model = BUILDERS[name]()
+    target = "q_proj" if name == "wavlm" else "dt_proj"
+    config = LoraConfig(r=2, target_modules=[target, "in_proj", "intermediate_dense"])
+    with refuses(BadOption, target, "read directly", "never be called", model=model, outputs=False):
+        qft.quantize_and_wrap(model, "nf4", adapter=config, progress=False)
+    quantized = qft.quantize(model, "nf4", progress=False)
+    with refuses(BadOption, target, "never be called", model=quantized, outputs=False):
+        qft.wrap(quantized, config)
+
+
+def test_a_path_that_the_config_switches_off_does_not_count():
+    assert not direct_reads(bloom()) and not direct_reads(bloom(pretraining_tp=2)) and not direct_reads(llama())
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    assert not direct_reads(t5)  # it asks `wo.weight` for its dtype alone
+
+
+class Reader(nn.Module):
+    def __init__(self, on=True):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.inner = nn.Sequential(nn.Linear(8, 8))
+        self.on = on
+
+    def forward(self, x):
+        if not self.on:
+            return self.second(self.first(x)).to(self.first.weight.dtype)
+        y = nn.functional.linear(x, self.first.weight, self.first.bias)
+        return self.second(y) if isinstance(self.second.weight, nn.Parameter) else y
+
+
+def test_a_module_of_ones_own():
+    assert set(direct_reads(nn.Sequential(Reader()))) == {"0.first"}
+    assert not direct_reads(nn.Sequential(Reader(on=False)))
+    model = qft.quantize(nn.Sequential(Reader(), nn.Linear(8, 8)), "reference", progress=False)
+    assert "read directly by Reader.forward" in model._qft.left["0.first"]
+    assert quantizer_of(model.get_submodule("0.second")) is not None
+
+
+def test_pytorchs_fused_kernels():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = qft.quantize(nn.Sequential(layer, nn.Linear(16, 16)), "reference", progress=False)
+    assert {n for n, r in model._qft.left.items() if "read directly" in r} >= {"0.linear1", "0.linear2"}
+    wrapped = qft.wrap(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert [n for n, m in wrapped.get_base_model().named_modules() if hasattr(m, "lora_A")] == ["1"]
