@@ -211,7 +211,7 @@ def measure(
     context = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
 
     def recorder(block: nn.Module, real: Callable[..., Any], last: bool) -> Callable[..., Any]:
-        key = (type(block), getattr(block, "attention_type", None), _signature(block))
+        key = _kind(block)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             keys.append(key)
@@ -226,11 +226,10 @@ def measure(
             y = _Through.apply(x, (lambda: seen.setdefault("head", ledger.peak)) if last else None)
             return (y,) if tuples[key] else y
 
-        tuples.setdefault(key, _returns_tuple(block))
         return forward
 
-    tuples: dict[Any, bool] = {}
     originals = [b.__dict__.get("forward") for b in blocks]
+    tuples = _tuples(model, blocks, context, (batch, sequence), masked)
     with fakes(), context:
         _to_fake(model, {id(m) for b in blocks for m in b.modules()})
         for b in blocks:
@@ -263,7 +262,51 @@ def _has_packed_experts(block: nn.Module) -> bool:
     return any(isinstance(f, Experts) and f.quantized for f in forwards)
 
 
-def _returns_tuple(block: nn.Module) -> bool:
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """What two blocks have in common whose activations take the same memory."""
+    return type(block), getattr(block, "attention_type", None), _signature(block)
+
+
+def _tuples(model: nn.Module, blocks: list[Any], context: Any, size: tuple[int, int], masked: bool) -> dict[Any, bool]:
+    """Kind of block → whether it returns a tuple: one block of each kind is run on fake tensors, as the model calls it.
+
+    Annotations do not tell: Gemma 3's blocks are annotated as returning a tuple, and return a tensor.
+    """
+    found: dict[Any, bool] = {}
+
+    def watched(block: nn.Module, real: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            key = _kind(block)
+            if key not in found:
+                y = real(x, *args, **kwargs)
+                found[key] = isinstance(y, tuple)
+                return y
+            return (x,) if found[key] else x
+
+        return forward
+
+    originals = [b.__dict__.get("forward") for b in blocks]
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    with fakes(), context, torch.no_grad():
+        _to_fake(model, set())
+        for b in blocks:
+            b.__dict__["forward"] = watched(b, b.forward)
+        try:
+            mask = {"attention_mask": torch.empty(size[0], 1, size[1], size[1], dtype=torch.bool)} if masked else {}
+            base(input_ids=torch.empty(*size, dtype=torch.int64), use_cache=False, **mask)
+        except Exception:  # the estimate itself says why a model cannot be run; until then the annotation has to do
+            pass
+        finally:
+            for b, original in zip(blocks, originals, strict=True):
+                del b.__dict__["forward"]
+                if original is not None:
+                    b.__dict__["forward"] = original
+    for b in blocks:
+        found.setdefault(_kind(b), _annotated_as_tuple(b))
+    return found
+
+
+def _annotated_as_tuple(block: nn.Module) -> bool:
     hint = str(inspect.signature(type(block).forward).return_annotation)
     return "tuple" in hint.lower() and "Tensor |" not in hint and "| torch.Tensor" not in hint
 
