@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import copy
 import inspect
 import json
@@ -68,24 +69,45 @@ SPECIAL = re.compile(r"(bos|eos|pad|sep|cls|mask|unk|decoder_start|forced_eos|im
                      r"image_start|image_end)_token_(id|index)$")  # fmt: skip
 
 
+MORE = {
+    "head_dim": 16, "rotary_dim": 16, "expand": 1, "mamba_expand": 1, "mamba_n_heads": 4, "mamba_d_head": 16,
+    "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+    "decoder_vocab_size": VOCABULARY, "num_experts_per_tok": 2, "num_kv_shared_layers": 0,
+}  # fmt: skip
+"""Sizes that follow from others, whatever the default is."""
+KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "attention_layers")
+
+
 def shrink(config: Any) -> Any:
     """Shrink a config in place, with the configs inside it."""
+    before = next(
+        (getattr(config, k) for k in ("num_hidden_layers", "n_layer", "num_layers") if hasattr(config, k)), None
+    )
+    kinds = {k: v for k in KINDS if isinstance(v := getattr(config, k, None), list) and v}
+    layers = max([2, *(len(set(map(str, v))) for v in kinds.values())])
     for key, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             shrink(value)
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | list | tuple):
-            continue
-        if SPECIAL.search(key) and isinstance(value, int):
-            _set(config, key, min(value, VOCABULARY - 1 - len(key) % 7))
-            continue
-        for pattern, size in SIZES.items():
-            if re.fullmatch(pattern, key) and isinstance(value, int):
+        elif isinstance(value, list) and len(value) == before and key not in KINDS:
+            _set(config, key, [min(v, 64) if type(v) is int else v for v in value[:layers]])
+        elif isinstance(value, int) and not isinstance(value, bool):
+            if SPECIAL.search(key):
+                _set(config, key, min(value, VOCABULARY - 1 - len(key) % 7))
+            size = next((size for pattern, size in SIZES.items() if re.fullmatch(pattern, key)), None)
+            if size is not None:
                 _set(config, key, min(value, size))
-        if key in ("layer_types", "layers_block_type", "mlp_layer_types", "attention_layers") and isinstance(
-            value, list
-        ):
-            _set(config, key, _some(value, getattr(config, "num_hidden_layers", 2)))
+    for key, value in MORE.items():
+        if key in vars(config):
+            _set(config, key, value)
+    if vars(config).get("kv_lora_rank"):  # latent attention has a key for each head
+        _set(config, "num_key_value_heads", getattr(config, "num_attention_heads", 4))
+    elif vars(config).get("num_key_value_heads", 0) is None:
+        _set(config, "num_key_value_heads", 2)
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        if kinds and hasattr(config, key):
+            _set(config, key, layers)
+    for key, value in kinds.items():
+        _set(config, key, _some(value, layers))
     return config
 
 
@@ -127,7 +149,8 @@ class Case:
         self.task, self.device, self.dtype = task, device, getattr(torch, dtype)
         self.cls = getattr(transformers, name)
         try:
-            self.config = shrink(transformers.CONFIG_MAPPING[kind]())
+            own = getattr(self.cls, "config_class", None) or transformers.CONFIG_MAPPING[kind]
+            self.config = shrink(own())
             self.model = self.build()
         except Exception as error:
             raise Skip(f"no tiny model: {_line(error)}") from error
@@ -138,6 +161,10 @@ class Case:
             raise Skip(f"the tiny model cannot be called: {_line(error)}") from error
         if not expected.isfinite().all():
             raise Skip("the tiny model gives no finite logits")
+        try:
+            self.loss(self.model)
+        except Exception as error:
+            raise Skip(f"the tiny model has no loss: {_line(error)}") from error
 
     def build(self) -> Any:
         import torch
@@ -300,7 +327,12 @@ def gpu_checks(case: Case, quantizer: str, steps: int) -> dict[str, Callable[[di
         s["model"] = qft.quantize_and_wrap(case.build(), quantizer, adapter=case.adapter(), progress=False)
 
     def trains(s: dict[str, Any]) -> Any:
-        model = qft.optimize_training(s["model"].train())
+        model = s["model"].train()
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: qft.unoptimize(model).eval())
+            return steps_of(qft.optimize_training(model), s)
+
+    def steps_of(model: Any, s: dict[str, Any]) -> Any:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         losses = []
         for _ in range(steps):
@@ -310,7 +342,6 @@ def gpu_checks(case: Case, quantizer: str, steps: int) -> dict[str, Callable[[di
             optimizer.zero_grad()
             losses.append(float(loss))
         s["losses"] = losses
-        qft.unoptimize(model).eval()
         finite = all(abs(x) < float("inf") for x in losses)
         return None if finite and losses[-1] <= losses[0] * 1.05 else f"losses {losses}"
 
@@ -322,7 +353,9 @@ def gpu_checks(case: Case, quantizer: str, steps: int) -> dict[str, Callable[[di
         qft.unmerge(s["model"])
         if not torch.equal(case.run(s["model"]), before):
             return "unmerge is not exact"
-        return None if error < 0.1 else f"merged {error:.1e} off"
+        # bfloat16 against float32: a token near the edge between two experts goes to the other one
+        bound = 0.3 if any("expert" in n for n, _ in s["plain"].named_modules()) else 0.1
+        return None if error < bound else f"merged {error:.1e} off"
 
     def generates(s: dict[str, Any]) -> Any:
         ids = case.inputs["input_ids"][:1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import torch
@@ -87,7 +89,7 @@ class EnableInputs:
                 continue
             seen.add(id(embeddings))
             if not any(isinstance(hook, _RequireGrads) for hook in embeddings._forward_hooks.values()):
-                handles.append(embeddings.register_forward_hook(_RequireGrads()))
+                handles.append(embeddings.register_forward_hook(_RequireGrads(_changed_in_place(model, embeddings))))
         if handles:
             model._require_grads_hooks, model._require_grads_hook = handles, handles[0]
 
@@ -102,14 +104,36 @@ def _input_embeddings(module: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-class _RequireGrads:
-    """A forward hook on embeddings; a class, so that models with it can be pickled."""
+_IN_PLACE = re.compile(r"\b\w*(embed|hidden_states)\w*\s*[*+/-]=")
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+
+def _changed_in_place(model: nn.Module, embeddings: nn.Module) -> bool:
+    """Whether the module that calls these embeddings may change their output in place, as CTRL and GIT do."""
+    for module in model.modules():
+        if any(child is embeddings for child in module._modules.values()):
+            try:
+                return _IN_PLACE.search(inspect.getsource(type(module).forward)) is not None
+            except (OSError, TypeError):
+                return False
+    return False
+
+
+class _RequireGrads:
+    """A forward hook on embeddings; a class, so that models with it can be pickled.
+
+    Args:
+        copied: give a copy of the output, which may be changed in place, where a leaf of autograd may not.
+    """
+
+    def __init__(self, copied: bool = False):
+        self.copied = copied
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         parts = output if isinstance(output, tuple | list) else (output,)
         for part in parts:
             if isinstance(part, Tensor) and part.is_leaf and part.is_floating_point() and not part.is_inference():
                 part.requires_grad_(True)
+        return output.clone() if self.copied and isinstance(output, Tensor) else None
 
 
 def _upcast_all(model: nn.Module) -> None:
