@@ -9,7 +9,7 @@ from helpers import refuses
 from models import batch, gpt2, llama, logits, qwen2, relative, t5
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
 
 import qft
 from qft.errors import BadOption, UnsupportedOperation
@@ -265,6 +265,102 @@ def test_t5_without_its_ends_is_stored_right(tmp_path):
     before = seq2seq(model)
     qft.export(model, tmp_path)
     assert relative(seq2seq(AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()), before) < 1e-5
+
+
+def bart(size=96):
+    """Four ends of one tensor: shared, both embeddings and the head."""
+    torch.manual_seed(0)
+    ffn = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = BartConfig(vocab_size=96, d_model=64, encoder_layers=1, decoder_layers=1, **ffn, **tokens)
+    model = BartForConditionalGeneration(config).eval()
+    if size != 96:
+        model.resize_token_embeddings(size)  # makes the embeddings one module under three names
+    return model
+
+
+@pytest.mark.parametrize("size", [96, 100])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "shared"]},
+    ],
+    ids=["head", "head trained completely", "embedding"],
+)
+@pytest.mark.filterwarnings("ignore::qft.QftWarning")
+def test_a_tie_of_four_ends_is_stored_right(tmp_path, options, size):
+    model = tuned(lambda: bart(size), **options)
+    before = seq2seq(model)
+
+    def stored(name, write):
+        write(tmp_path / name)
+        return seq2seq(BartForConditionalGeneration.from_pretrained(tmp_path / name).eval())
+
+    assert relative(stored("float", qft.merge_to_float(model).save_pretrained), before) < 1e-5
+    assert relative(stored("export", lambda folder: qft.export(model, folder)), before) < 1e-5
+    if size == 96 or "shared" not in options["target_modules"]:
+        qft.merge(model)
+        merged = seq2seq(model)
+        assert relative(merged, before) < 0.02
+        assert relative(stored("merged", lambda folder: qft.export(model, folder)), merged) < 1e-5
+        qft.unmerge(model)
+        plain = model.merge_and_unload()
+        assert relative(stored("plain", plain.save_pretrained), seq2seq(plain)) < 1e-5
+
+
+class Twice(nn.Module):
+    """One linear module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(96, 64), nn.Linear(64, 96)
+        self.first = self.again = nn.Linear(64, 64)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        return self.out(self.again((x + self.first(x)).tanh()))
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(r=4, target_modules=["first"]), LoHaConfig(r=4, target_modules=["first"])]
+)
+def test_one_module_under_two_names(config):
+    torch.manual_seed(0)
+    model = qft.wrap(qft.quantize(Twice().eval(), {"out": "reference"}, progress=False), config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    before = logits(model.eval())
+    for merge in (qft.merge, lambda m: m.merge_adapter(), lambda m: m.merge_and_unload()):
+        with refuses(UnsupportedOperation, "first", "again", "one module", model=model):
+            merge(model)
+    assert relative(logits(qft.merge_to_float(model)), before) < 1e-5
+
+
+def test_one_embedding_under_several_names():
+    model = tuned(lambda: bart(100), target_modules=["q_proj", "shared"])
+    before = seq2seq(model)
+    for merge in (qft.merge, lambda m: m.merge_adapter(), lambda m: m.merge_and_unload()):
+        with refuses(UnsupportedOperation, "model.shared", "one module", model=model, outputs=False):
+            merge(model)
+    assert torch.equal(seq2seq(model), before)
+
+
+def test_a_tie_that_is_changed_between_two_merges():
+    model = tuned(TIED["llama"], **CONFIGS["both ends"])
+    base = model.get_base_model()
+    head, embedding = base.lm_head, base.model.embed_tokens
+    head.merge()
+    with torch.no_grad():
+        embedding.get_base_layer().weight.add_(0.1)
+    wanted = embedding.get_base_layer().weight.detach().clone()
+    embedding.merge()
+    head.unmerge()
+    embedding.unmerge()
+    assert torch.equal(ends(model)[0], wanted) and ends(model)[0] is ends(model)[1]
 
 
 def test_a_large_drift_is_not_recommended():

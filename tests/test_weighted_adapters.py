@@ -97,3 +97,20 @@ def test_what_is_not_a_sum_is_refused():
     model = pair(lora_bias=True)
     with refuses(UnsupportedOperation, "lora_bias", model=model):
         model.add_weighted_adapter(["default", "second"], WEIGHTS, "sum", combination_type="ties", density=0.5)
+
+
+def test_rank_patterns_of_embeddings_are_saved(tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], rank_pattern={"embed_tokens": 2})
+    model = qft.quantize_and_wrap(llama(), "reference", adapter=config, progress=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_" in n:
+                p.add_(0.1 * torch.randn_like(p))
+    before = logits(model.eval())
+    model.add_weighted_adapter(["default"], [1.0], "one", combination_type="linear")
+    model.set_adapter("one")
+    assert relative(logits(model), before) < 1e-5
+    model.save_pretrained(tmp_path, selected_adapters=["one"])
+    again = qft.load(tmp_path / "one", base=qft.quantize(llama(), "reference", progress=False))
+    assert relative(logits(again.eval()), before) < 1e-5

@@ -46,6 +46,7 @@ class HollowModel:
         self._layers: dict[int, tuple[str, nn.Module, nn.Module]] = {}  # id of a tensor on meta → where it comes from
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}  # the same, for tensors that are taken over as they are
         self._ready: dict[int, Tensor] = {}
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # id of a tensor on meta → it, and the one with its values
         self.model = self._build()
         self.state: dict[str, Tensor] = dict(self.model.state_dict(keep_vars=True))
 
@@ -87,7 +88,7 @@ class HollowModel:
                 memo[id(tensor)] = new_tensor = _on_meta(tensor)
                 self._tensors[id(new_tensor)] = (new_tensor, tensor.detach())  # an id holds while its tensor lives
         plain = copy_bare(self.base, memo)
-        settle_tie(plain, lambda a, b: torch.equal(self._value(a), self._value(b)))
+        settle_tie(plain, lambda a, b: torch.equal(self._value(a), self._value(b)), self._twin)
         self._ready.clear()
         if self.dtype is not None:
             cast(plain, self.dtype)
@@ -118,7 +119,15 @@ class HollowModel:
             raise UnsupportedOperation(f"{quantizer!r} cannot give its weights as floats (capability merge_to_float)")
         return empty_layer(handle, self.dtype, handle.bias is not None).train(handle.module.training)
 
+    def _twin(self, hollow: Tensor) -> nn.Parameter:
+        """Another parameter on meta with the same values."""
+        twin = nn.Parameter(torch.empty_like(hollow), requires_grad=hollow.requires_grad)
+        self._twins[id(twin)] = (twin, hollow)
+        return twin
+
     def _value(self, hollow: Tensor) -> Tensor:
+        while id(hollow) in self._twins:
+            hollow = self._twins[id(hollow)][1]
         key = id(hollow)
         if key in self._tensors:
             return self._tensors[key][1]

@@ -22,9 +22,13 @@ class KeptParameter:
 
     def __init__(self, parameter: nn.Parameter):
         self._shared: Any = weakref.ref(parameter)
-        self._value = parameter.detach().to("cpu", copy=True)
+        self.take(parameter)
         self._requires_grad = parameter.requires_grad
         self._restored: nn.Parameter | None = None
+
+    def take(self, parameter: nn.Parameter) -> None:
+        """Copy the values, which may have changed since another module that shares the parameter was merged."""
+        self._value = parameter.detach().to("cpu", copy=True)
 
     def restore(self, current: Tensor) -> nn.Parameter:
         """The parameter as it was, on the device of `current`; the same object for each module that had it."""
@@ -65,6 +69,8 @@ def keep(parameter: nn.Parameter) -> KeptParameter:
     known = _LIVE.get(id(parameter))
     if known is None or known._shared() is not parameter:  # the id may be that of another one, which is gone
         _LIVE[id(parameter)] = known = KeptParameter(parameter)
+    else:
+        known.take(parameter)
     return known
 
 

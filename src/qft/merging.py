@@ -25,6 +25,7 @@ from qft.modes import normal_mode
 from qft.originals import Originals
 from qft.quantizer import as_float_dtype
 from qft.sources import learnt_over
+from qft.ties import check_shared_modules
 
 Plan = list[tuple[str, Any, list[str]]]
 """Layers by the name of the weight that they adapt, with the adapters to merge."""
@@ -237,6 +238,7 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
     plan: Plan = [(n, m, [a for a in _active(m) if a not in m.merged_adapters]) for n, m in _all_layers(model)]
     if original is not None or data is not None:
         _require_plain_state(plan)
+    check_shared_modules(base)
     for name, layer, names in plan:
         with about(name):
             layer.check_merge(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -19,14 +20,31 @@ def tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
     return [(target, source) for target, source in pairs.items() if target != source]
 
 
-def settle_tie(plain: nn.Module, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:
+def _own(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+
+
+def settle_tie(
+    plain: nn.Module,
+    same: Callable[[Tensor, Tensor], bool] = torch.equal,
+    own: Callable[[Tensor], nn.Parameter] = _own,
+    *,
+    was_tied: bool = False,
+) -> None:
     """Tie weights that are equal; where training parted some, say in the config that none are tied.
+
+    The config has one switch for all ties. Weights that are still shared get a tensor each when it is switched off: a
+    shared tensor is stored under one name, and without the tie the other names would be loaded as random weights.
 
     Args:
         plain: a model without adapters, changed in place.
         same: whether two tensors have the same values.
+        own: makes a separate parameter with the values of a tensor.
+        was_tied: the config said so before; PEFT switches it off when it unloads a merged adapter from one end.
     """
     config = getattr(plain, "config", None)
+    if was_tied and config is not None:
+        config.tie_word_embeddings = True
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(plain, "tie_weights"):
         return
     ends = [(_parameter(plain, a), _parameter(plain, b)) for a, b in tied_pairs(plain)]
@@ -37,9 +55,64 @@ def settle_tie(plain: nn.Module, same: Callable[[Tensor, Tensor], bool] = torch.
     if all(a.shape == b.shape and same(a, b) for a, b in apart):
         plain.tie_weights()
         return
+    _separate(plain, own)
     config.tie_word_embeddings = False
     if hasattr(plain, "get_expanded_tied_weights_keys"):
         plain.all_tied_weights_keys = plain.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _separate(plain: nn.Module, own: Callable[[Tensor], nn.Parameter]) -> None:
+    """Give each end of the model's ties a parameter of its own, except the first one of those that share it."""
+    parameters: set[int] = set()
+    modules: set[int] = set()
+    for name in dict.fromkeys(n for pair in tied_pairs(plain) for n in reversed(pair)):
+        where, _, key = name.rpartition(".")
+        shared = _parameter(plain, name)
+        if shared is None:
+            continue
+        module = plain.get_submodule(where)
+        if id(shared) in parameters:
+            new = own(shared)
+            if id(module) in modules:  # one module under two names, as after resize_token_embeddings
+                parent, _, last = where.rpartition(".")
+                module = copy.deepcopy(module, {id(shared): new})
+                setattr(plain.get_submodule(parent), last, module)
+            else:
+                module._parameters[key] = new
+            shared = new
+        parameters.add(id(shared))
+        modules.add(id(module))
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the model's config says that it ties weights."""
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
+def check_shared_modules(base: nn.Module) -> None:
+    """Refuse to merge into a module that the model also calls without the adapter, under another name.
+
+    PEFT adapts one of the names. A merge would change all of them.
+
+    Raises:
+        UnsupportedOperation: an adapter is on such a module. Nothing was changed.
+    """
+    names: dict[int, list[tuple[nn.Module, str]]] = {}
+    for where, parent in base.named_modules():
+        if not isinstance(parent, AuxiliaryTrainingWrapper):  # it holds the module of its own adapter a second time
+            for key, child in parent._modules.items():
+                names.setdefault(id(child), []).append((parent, f"{where}.{key}".lstrip(".")))
+    for name, layer in base.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or not hasattr(layer, "base_layer"):
+            continue
+        inside = {id(m) for m in layer.modules()}
+        for module in layer.get_base_layer().modules():
+            others = [n for parent, n in names.get(id(module), []) if id(parent) not in inside]
+            if others and next(module.parameters(recurse=False), None) is not None:
+                raise UnsupportedOperation(
+                    f"{_bare(name)} and {others[0]} are one module, and the adapter is on the first name only: a merge would "
+                    "change both. Nothing was merged; use qft.merge_to_float, or keep the adapter apart from its base"
+                )
 
 
 def check_parting(base: nn.Module) -> None:

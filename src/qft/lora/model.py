@@ -31,7 +31,7 @@ from qft.noted import noted
 from qft.quiet import quiet_imports
 from qft.registry import quantizer_of
 from qft.selection import READ, default_skips, linear_targets
-from qft.ties import check_parting, settle_tie, tied_pairs
+from qft.ties import check_parting, check_shared_modules, is_tied, settle_tie, tied_pairs
 
 KEPT_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """PEFT's initialisations that leave the base weight alone; the others are ours to translate, or refused."""
@@ -193,6 +193,8 @@ class QftLoraModel(LoraModel):
                 continue
             module.scaling[adapter_name] = 1.0  # A holds the scaling of the adapters that were combined
             matrix = module.lora_A[adapter_name].weight if adapter_name in module.lora_A else None
+            if matrix is None and adapter_name in module.lora_embedding_A:
+                matrix = module.lora_embedding_A[adapter_name]
             if matrix is not None and not isinstance(module, ParamWrapper) and matrix.shape[0] != config.r:
                 rank = matrix.shape[0]
                 module.r[adapter_name] = module.lora_alpha[adapter_name] = rank
@@ -213,13 +215,14 @@ class QftLoraModel(LoraModel):
             check_parting(self.model)
             merge_exactly(self.model)
         layers = [m for m in self.model.modules() if isinstance(m, Merging)]
+        was_tied = is_tied(self.model)
         with as_it_was(self.model), all_or_nothing(self.model):
             model = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         DequantizedForward.take_off(model)
         if record is not None and merge:
-            settle_tie(model)
+            settle_tie(model, was_tied=was_tied)
         merges = [m.last_merge for m in layers if m.merged and m.last_merge is not None]
         if record is not None and merges:
             record.base_changed = record.merged = True
@@ -240,6 +243,8 @@ class QftLoraModel(LoraModel):
 
     def _check_all(self, adapter_names: list[str] | None) -> None:
         """Raise before the first weight changes."""
+        if record_of(self.model) is not None:
+            check_shared_modules(self.model)
         for module in self.model.modules():
             if isinstance(module, Merging):
                 names = adapter_names if adapter_names is not None else module.active_adapters

@@ -29,7 +29,7 @@ from qft.noted import noted
 from qft.quantizer import Quantizer
 from qft.quiet import quiet_imports
 from qft.selection import linear_targets
-from qft.ties import check_parting, settle_tie
+from qft.ties import check_parting, check_shared_modules, is_tied, settle_tie
 
 BESIDE = frozenset(
     "CARTRIDGE CPT LN_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING PROMPT_TUNING TRAINABLE_TOKENS".split()
@@ -133,6 +133,7 @@ class OverQuantized(BaseTuner):
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raise what a merge would raise, before the first weight changes."""
         self._check_merge_allowed()
+        check_shared_modules(self.model)
         for layer in _view_layers(self.model):
             layer.check_merge(available(layer, adapter_names))
 
@@ -150,7 +151,7 @@ class OverQuantized(BaseTuner):
             self.check_merge(adapter_names)
             check_parting(self.model)
             merge_exactly(self.model)
-        layers = _view_layers(self.model)
+        layers, was_tied = _view_layers(self.model), is_tied(self.model)
         with as_it_was(self.model), all_or_nothing(self.model), _without_marks(self.model):
             model = super()._unload_and_optionally_merge(
                 merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -159,7 +160,7 @@ class OverQuantized(BaseTuner):
         DequantizedForward.take_off(model)
         record = record_of(self.model)
         if record is not None and merge:
-            settle_tie(model)
+            settle_tie(model, was_tied=was_tied)
         merges = [m.last_merge for m in layers if m.merged and m.last_merge is not None]
         if record is not None and merges:
             record.base_changed = record.merged = True
