@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,6 +19,7 @@ from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights
 from qft.experts import as_stack, pack_parameter
 from qft.paths import did_you_mean, is_adapter
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
+from qft.reading import check_model_config, check_model_folder, index_files
 from qft.registry import file_reader, folder_reader, quantizer_of
 from qft.saying import first_sentence
 from qft.selection import Selection, select, settle, target_weights
@@ -295,10 +295,7 @@ def check_files(folder: Path) -> None:
     if whole.is_file():
         files = [whole]
     elif index.is_file():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BadFolder(f"{index} is damaged: {first_sentence(error)}") from error
+        files = list(index_files(index))
     else:
         return
     for file in files:
@@ -327,8 +324,13 @@ def read_config(path: str, options: Mapping[str, Any]) -> Any:
     if where.is_file():
         raise BadFolder(f"{path} is a file: give the folder of a model, as save_pretrained writes it")
     names = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only", "gguf_file")
+    check_model_folder(where)
     try:
-        return transformers.AutoConfig.from_pretrained(path, **{k: options[k] for k in names if k in options})
+        config = transformers.AutoConfig.from_pretrained(path, **{k: options[k] for k in names if k in options})
+        check_model_config(config.to_dict(), path)
+        return config
+    except BadFolder:
+        raise
     except Exception as error:
         if where.exists():
             file = where / (options.get("gguf_file") or "config.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +34,7 @@ from qft.packed import TensorQuantizer
 from qft.pipeline import is_lora
 from qft.quantizer import Quantizer, code_options, float_weight
 from qft.quantizing import quantize_as
+from qft.reading import read_json_object
 from qft.registry import Spec, get_quantizer, quantizer_of
 from qft.saving import as_path, read_note
 from qft.starts import put_starts, read_starts
@@ -274,10 +274,7 @@ def _spec_of(note: dict[str, Any]) -> Spec:
 
 def check_adapter_files(folder: Path) -> None:
     """Raise `BadFolder` where the adapter's files cannot be read, before any base is touched."""
-    try:
-        json.loads((folder / "adapter_config.json").read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BadFolder(f"{folder / 'adapter_config.json'} is damaged: {error}") from error
+    read_json_object(folder / "adapter_config.json")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise BadFolder(f"{folder} has no adapter_model.safetensors; qft reads no pickle files (adapter_model.bin)")

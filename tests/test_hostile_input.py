@@ -1,0 +1,99 @@
+"""Configs, indexes and numbers that no model has end in one clear error before anything is built."""
+
+import json
+
+import pytest
+from tiny_training import save_model
+
+import qft
+from qft.errors import BadFolder, BadOption
+from qft.opening import base_of
+
+SIZES = {qft.plan: {"sequence_length": 8}, qft.quantize: {}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def changed(folder, tmp_path):
+    """Makes a folder like the model's with other values in its config."""
+    import shutil
+
+    def make(**values):
+        shutil.copytree(folder, tmp_path / "m")
+        file = tmp_path / "m" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+        return str(tmp_path / "m")
+
+    return make
+
+
+@pytest.mark.parametrize("verb", [qft.plan, qft.quantize])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", -32),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 0),
+        ("num_attention_heads", "four"),
+        ("num_key_value_heads", -1),
+        ("vocab_size", 1e3),
+        ("intermediate_size", True),
+        ("architectures", 5),
+        ("architectures", [5]),
+    ],
+)
+def test_a_config_with_an_absurd_field_is_refused_and_the_field_is_named(changed, verb, field, value):
+    with pytest.raises(BadFolder, match=field):
+        verb(changed(**{field: value}), "nf4", **SIZES[verb])
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "[" * 100_000, "{"])
+@pytest.mark.parametrize("verb", [qft.plan, qft.quantize])
+def test_a_config_that_is_not_an_object_is_refused(changed, tmp_path, verb, text):
+    path = changed()
+    (tmp_path / "m" / "config.json").write_text(text)
+    with pytest.raises(BadFolder, match=r"config\.json is damaged"):
+        verb(path, "nf4", **SIZES[verb])
+
+
+@pytest.mark.parametrize("text", ["[]", '"text"', "[" * 100_000])
+def test_an_adapter_config_that_is_not_an_object_is_refused(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(BadFolder, match=r"adapter_config\.json is damaged"):
+        qft.load(tmp_path)
+    with pytest.raises(BadFolder, match=r"adapter_config\.json is damaged"):
+        base_of(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "a/../../b.safetensors", ""])
+def test_an_index_whose_files_lie_outside_of_the_folder_is_refused(changed, tmp_path, name):
+    path = changed()
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"weight_map": {"lm_head.weight": name}}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BadFolder, match="outside of its folder"):
+        qft.quantize(path, "nf4")
+
+
+@pytest.mark.parametrize("number", [10**14, 10**20])
+def test_plans_of_absurd_sizes_are_refused(folder, number):
+    for option in ("sequence_length", "batch_size"):
+        with pytest.raises(BadOption, match=f"{option}={number}"):
+            qft.plan(folder, "nf4", **{"sequence_length": 8, option: number})
+
+
+@pytest.mark.parametrize("field", ["seed", "max_steps", "max_length", "batch_size", "lora_r", "epochs"])
+def test_numbers_of_a_run_are_bounded(field):
+    with pytest.raises(BadOption, match=rf"{field}=1.*at most"):
+        qft.TrainConfig(model="m", data_path="d", **{field: 1e20 if field == "epochs" else 10**20})
+
+
+def test_yaml_nested_a_thousand_deep_is_refused(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: " + "[" * 2000 + "]" * 2000)
+    with pytest.raises(BadOption, match="nested too deep"):
+        qft.TrainConfig.from_yaml(file)
