@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_training import save_model
+from tiny_training import chats, quick, save_model, write_jsonl
 
 import qft
 from qft.errors import BadFolder, BadOption
@@ -97,3 +97,40 @@ def test_yaml_nested_a_thousand_deep_is_refused(tmp_path):
     file.write_text("model: " + "[" * 2000 + "]" * 2000)
     with pytest.raises(BadOption, match="nested too deep"):
         qft.TrainConfig.from_yaml(file)
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOPS, "loops too often"),
+        ("{% for i in range(10**12) %}x{% endfor %}", "refuses this conversation"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses this conversation"),
+        ("{{ 'long' * 1000 }}", "writes 4000 characters"),
+    ],
+)
+def test_a_template_that_costs_too_much_is_refused(folder, tmp_path, monkeypatch, template, message):
+    from qft import messages
+
+    monkeypatch.setattr(messages, "RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(messages, "MOST_CHARACTERS", 3000)
+    data = write_jsonl(tmp_path / "d.jsonl", chats())
+    call = {"model": folder, "data_path": data, "project_name": str(tmp_path / "out"), "chat_template": template}
+    with pytest.raises(BadOption, match=message):
+        qft.train(**call, **quick())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_that_ends_in_time_is_not_interrupted_later():
+    import time
+
+    from qft.deadline import TimeIsUp, deadline
+
+    with deadline(0.05):
+        pass
+    time.sleep(0.1)
+    with pytest.raises(TimeIsUp), deadline(0.05):
+        while True:
+            pass
