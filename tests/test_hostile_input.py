@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_training import chats, quick, save_model, write_jsonl
 
 import qft
-from qft.errors import BadFolder, BadOption
+from qft.errors import AdapterMismatch, BadFolder, BadOption, NonFiniteWeights
 from qft.opening import base_of
 
 SIZES = {qft.plan: {"sequence_length": 8}, qft.quantize: {}}
@@ -134,3 +135,56 @@ def test_a_block_that_ends_in_time_is_not_interrupted_later():
     with pytest.raises(TimeIsUp), deadline(0.05):
         while True:
             pass
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_a_float_weight_with_nan_outside_of_the_quantized_layers_is_refused(changed, tmp_path, name):
+    path = changed()
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteWeights, match=name):
+        qft.quantize(path, "nf4")
+
+
+@pytest.mark.parametrize("layer", ["model.layers.9.self_attn.q_proj", "model.layers.0.mlp.up_proj"])
+def test_adapter_weights_of_layers_that_are_not_adapted_are_refused(folder, tmp_path, layer):
+    from peft import LoraConfig
+
+    model = qft.quantize_and_wrap(folder, quantizer="nf4", adapter=LoraConfig(r=2, target_modules=["q_proj"]))
+    qft.save(model, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"base_model.model.{layer}.lora_A.weight"] = next(iter(tensors.values())).clone()
+    save_file(tensors, file)
+    with pytest.raises(AdapterMismatch, match=layer):
+        qft.load(tmp_path / "a", folder)
+
+
+def test_adapters_on_a_head_that_the_trainer_refuses_end_in_an_option_error(folder, tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", chats())
+    call = {"model": folder, "data_path": data, "project_name": str(tmp_path / "out"), "target_modules": ["lm_head"]}
+    with pytest.raises(BadOption, match="lm_head"):
+        qft.train(**call, **quick(max_steps=2))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("log", ["none", "tensorboard"])
+def test_an_output_folder_that_is_deleted_during_a_run_ends_it_with_one_error(folder, tmp_path, monkeypatch, log):
+    import shutil
+
+    from qft.training.trainers import Watch
+
+    out = tmp_path / "out"
+    plain = Watch.on_step_end
+
+    def delete(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            shutil.rmtree(out)
+        plain(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Watch, "on_step_end", delete)
+    data = write_jsonl(tmp_path / "d.jsonl", chats())
+    with pytest.raises(BadFolder, match="out"):
+        qft.train(model=folder, data_path=data, project_name=str(out), **quick(log=log))

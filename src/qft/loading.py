@@ -26,6 +26,8 @@ from qft.selection import Selection, select, settle, target_weights
 
 TRIM_EVERY = 4 * 2**20
 """Bytes of float weights between two calls of `_trim`."""
+CHECKED_AT_ONCE = 2**24
+"""Elements of a float weight that are checked for NaN at once."""
 
 
 class _Stop(BaseException):
@@ -246,6 +248,7 @@ def load_quantized(
         raise BadFolder(f"cannot load a model from {path}: {first_sentence(error)}") from error
     except Exception as error:
         raise BadFolder(f"cannot load a model from {path}: {first_sentence(error)}") from error
+    check_finite(model)
     if plan is not None:
         plan.finish(model, info["missing_keys"])
     elif missing := info["missing_keys"] if source is None else _missing_codes(model, info["missing_keys"]):
@@ -255,6 +258,16 @@ def load_quantized(
     if complete:
         check_tensors(path, info["missing_keys"], info["unexpected_keys"])
     return model
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise `NonFiniteWeights` where a float weight outside of the quantized layers holds NaN or infinity."""
+    packed = {id(p) for m in model.modules() if quantizer_of(m) is not None for p in m.parameters()}
+    for name, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or weight.element_size() == 1 or id(weight) in packed:
+            continue
+        if not all(bool(part.isfinite().all()) for part in weight.detach().reshape(-1).split(CHECKED_AT_ONCE)):
+            raise NonFiniteWeights(f"{name} holds NaN or infinity: repair the checkpoint")
 
 
 def check_tensors(path: str | os.PathLike[str], missing: Iterable[str], unexpected: Iterable[str]) -> None:

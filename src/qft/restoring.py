@@ -116,6 +116,8 @@ def load_adapter(
     try:
         with as_it_was(model), _strict_load():
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
+            if is_lora(config):
+                check_extra(folder, peft_model)
             merge_exactly(peft_model)
             put_starts(peft_model, starts)
             if record.forward == "dequantize":
@@ -290,6 +292,30 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights in an adapter's file, by their names in it."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+
+
+def check_extra(folder: Path, model: nn.Module) -> None:
+    """Refuse LoRA weights in an adapter's file for layers that the model does not have, or that are not adapted.
+
+    PEFT ignores them without a warning. Models whose names transformers converts are left to PEFT.
+
+    Raises:
+        AdapterMismatch: with the first name.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if get_model_conversion_mapping(marks.base_model(model), add_legacy=False):
+        return
+    adapted = {name for name, module in model.named_modules() if getattr(module, "lora_A", None) is not None}
+    adapted = {name.replace(".base_layer", "") for name in adapted}
+    names = sorted(name for name in adapter_shapes(folder) if ".lora_" in name)
+    extra = [n for n in names if n.partition(".lora_")[0].replace(".base_layer", "") not in adapted]
+    if extra:
+        more = f" and {len(extra) - 1} more weights" if len(extra) > 1 else ""
+        raise AdapterMismatch(
+            f"{folder} holds {extra[0]}{more}, and the model has no such adapted layer: give the base that this adapter was "
+            "trained over"
+        )
 
 
 def restore_base(model: nn.Module, folder: Path, record: marks.Record) -> None:

@@ -145,17 +145,19 @@ def _run(
     set_seed(config.seed)  # of the adapter's start
     try:
         model = load_model(prepared)
+        padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+        limit = None if config.max_seconds is None else start + config.max_seconds
+        trainer = build_trainer(model, prepared, run, limit)
     except QftError:
         if new:
             run.abandon()
         raise
-    trainer = build_trainer(model, prepared, run, None if config.max_seconds is None else start + config.max_seconds)
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
     trainer.add_callback(termination)
     with termination.steps():
-        _train(trainer, last)
+        _train(trainer, last, run)
     if counts_from_padding(model):  # transformers' trainers put the tokenizer's id there
         model.config.pad_token_id = padding
+    run.check_there()
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluation = {}
@@ -193,7 +195,7 @@ def _run(
     return result
 
 
-def _train(trainer: Any, last: Path | None) -> None:
+def _train(trainer: Any, last: Path | None, run: RunFolder) -> None:
     from transformers import TrainerState
 
     state = None if last is None else TrainerState.load_from_json(str(last / "trainer_state.json"))
@@ -203,6 +205,9 @@ def _train(trainer: Any, last: Path | None) -> None:
     else:
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except OSError:  # such as of the writer of events
+            run.check_there()
+            raise
         finally:
             trainer.watch.close()
 
