@@ -61,6 +61,7 @@ def check_model_config(values: Mapping[str, Any], where: str | os.PathLike[str])
         raise BadFolder(f"{where}: architectures is {_shown(names)}; it is a list of class names")
     for key, most in MOST.items():
         value = values.get(key)
+        value = list(value.values()) if isinstance(value, Mapping) else value  # LXMERT's layers, by encoder
         for number in value if isinstance(value, list | tuple) else (value,):
             least = 1 if key in ABOVE_ZERO else 0
             if number is not None and not (type(number) is int and least <= number <= most):

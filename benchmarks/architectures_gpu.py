@@ -1,8 +1,8 @@
 """Every model class of the installed transformers at a tiny size: quantized, adapted, merged, saved, exported, generated.
 
-    python benchmarks/architectures.py --out benchmarks/results/architectures-cpu.json
-    python benchmarks/architectures.py --task causal-lm --only 'Gemma|Qwen' --quantizers nf4
-    python benchmarks/architectures.py --device cuda --dtype bfloat16 --task causal-lm --steps 3 --jobs 16
+    python benchmarks/architectures_gpu.py --out /tmp/architectures.json
+    python benchmarks/architectures_gpu.py --task causal-lm --only 'Gemma|Qwen' --quantizers nf4
+    python benchmarks/architectures_gpu.py --device cuda --dtype bfloat16 --task causal-lm --steps 3 --jobs 16
 
 Each class gets a config made from its default one by shrinking sizes and counts (`tiny`). The outcome of a check is "right",
 "refused" (a QftError; its message is the reason), "skipped" (the tiny model cannot be built or called, or the check does not
