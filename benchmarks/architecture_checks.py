@@ -53,8 +53,14 @@ class Case:
             made = {"pixel_values": torch.randn(shape, generator=g), "labels": torch.tensor([0, 2])}
         elif self.task == "speech-seq2seq":
             main = getattr(model, "main_input_name", "input_features")
-            bins = next((getattr(self.config, k) for k in ("num_mel_bins", "input_feat_per_channel", "feature_size")
-                         if getattr(self.config, k, None)), 80)
+            bins = next(
+                (
+                    getattr(self.config, k)
+                    for k in ("num_mel_bins", "input_feat_per_channel", "feature_size")
+                    if getattr(self.config, k, None)
+                ),
+                80,
+            )
             if main == "input_values":
                 made = {main: torch.randn(2, 4000, generator=g)}
             elif self.config.model_type == "whisper":
@@ -133,9 +139,13 @@ def check_gradients(case: Case) -> None:
     model = case.wrapped().train()
     case.outputs(model).loss.backward()
     lora = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    towers = case.task == "image-text-to-text" or any(hasattr(case.config, k) for k in ("vision_config", "audio_config"))
+    towers = case.task == "image-text-to-text" or any(
+        hasattr(case.config, k) for k in ("vision_config", "audio_config")
+    )
     if towers:  # the inputs are text
-        lora = {n: p for n, p in lora.items() if not any(w in n for w in ("vision", "visual", "audio", "image", "project"))}
+        lora = {
+            n: p for n, p in lora.items() if not any(w in n for w in ("vision", "visual", "audio", "image", "project"))
+        }
     none = [n for n, p in lora.items() if p.grad is None or not p.grad.any()]
     require(bool(lora) and not none, f"{len(none)} of {len(lora)} without a gradient: {none[:1]}")
 

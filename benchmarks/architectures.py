@@ -48,8 +48,14 @@ def _work(pipe: Any, options: dict[str, Any]) -> None:
     import transformers
     from architecture_checks import run_class
 
+    from qft import optimizing
+
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    backend = options.pop("compile")
+    optimizing.switches.compile = backend != "off"
+    optimizing.switches.backend = backend
     while (job := pipe.recv()) is not None:
         pipe.send(run_class(*job, **options))
 
@@ -137,13 +143,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--steps", type=int, default=0, help="only train so many optimized steps, merge and generate")
+    parser.add_argument("--compile", help="off, or a backend of torch.compile; default: inductor on a GPU, else off")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for a class and a quantizer")
     parser.add_argument("--out", type=Path, default=Path("architectures.json"))
     options = parser.parse_args()
     quantizers = options.quantizers or (["nf4"] if options.steps else ["reference", "nf4"])
     jobs = [(*c, q) for c in classes(options.task or list(TASKS), options.only) for q in quantizers]
-    given = {"device": options.device, "dtype": options.dtype, "steps": options.steps}
+    backend = options.compile or ("inductor" if options.device.startswith("cuda") else "off")
+    given = {"compile": backend, "device": options.device, "dtype": options.dtype, "steps": options.steps}
     results = sweep(jobs, options.out, given, options.jobs, options.limit)
     print(dict(Counter(outcome for r in results.values() for outcome, _ in r.values())))
 

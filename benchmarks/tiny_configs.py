@@ -18,7 +18,10 @@ VOCABULARY = 256
 
 FIELDS: list[tuple[str, Any]] = [
     (r"(.*_)?vocab_size(_.*)?", VOCABULARY),
-    (r"(num_hidden_layers|n_layers?|num_layers|(encoder|decoder|text_encoder)_layers|depth|num_hidden_blocks|n_block)", 2),
+    (
+        r"(num_hidden_layers|n_layers?|num_layers|(encoder|decoder|text_encoder)_layers|depth|num_hidden_blocks|n_block)",
+        2,
+    ),
     (r"(num_(encoder|decoder)_layers|num_blocks|layers|num_nextn_predict_layers_)", 2),
     (r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_layers", 0),
     (r"(num_(key_value|kv)_heads|n_head_kv|num_kv_heads|num_key_value_attention_heads|multi_query_group_num)", 2),
@@ -27,14 +30,20 @@ FIELDS: list[tuple[str, Any]] = [
     (r"((encoder|decoder)_num_key_value_heads)", 2),
     (r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|word_embed_proj_dim|hidden_dim|emb_dim|dim_model)", 64),
     (r"(attention_hidden_size|lru_width|projection_dim|out_hidden_size|vision_output_dim)", 64),
-    (r"(ffn_dim|n_inner|d_ff|(.*_)?intermediate_size(_.*)?|(encoder|decoder)_ffn_dim|ffn_hidden_size|inner_dim|dim_ff)", 128),
+    (
+        r"(ffn_dim|n_inner|d_ff|(.*_)?intermediate_size(_.*)?|(encoder|decoder)_ffn_dim|ffn_hidden_size|inner_dim|dim_ff)",
+        128,
+    ),
     (r"(head_dim|attention_head_dim|d_kv|v_head_dim|global_head_dim|kv_channels|linear_(key|value)_head_dim)", 16),
     (r"(qk_nope_head_dim|qk_rope_head_dim|index_head_dim|rotary_dim)", 8),
     (r"(qk_head_dim)", 16),
     (r"(q_lora_rank|kv_lora_rank|o_lora_rank)", 16),
     (r"(index_topk)", 8),
     (r"(index_n_heads)", 2),
-    (r"(n_routed_experts|num_experts|num_local_experts|moe_num_experts|n_experts|num_routed_experts|zero_expert_num)", 4),
+    (
+        r"(n_routed_experts|num_experts|num_local_experts|moe_num_experts|n_experts|num_routed_experts|zero_expert_num)",
+        4,
+    ),
     (r"(num_experts_per_tok(en)?|moe_k|moe_top_k|moe_topk|top_k_experts|num_selected_experts|experts_per_token)", 2),
     (r"(n_group|topk_group|num_expert_groups?|n_groups|mamba_n_groups|mamba_ngroups|route_groups)", 1),
     (r"(n_shared_experts|num_shared_experts|moe_num_shared_experts)", 1),
@@ -105,7 +114,9 @@ def shrunk(value: Any, name: str = "") -> Any:
         if name.startswith("rope_") or name in ("id2label", "label2id", "layer_types"):
             return value
         smaller = {k: shrunk(v, k) for k, v in value.items()}
-        layers = next((smaller[k] for k in ("num_hidden_layers", "n_layers", "n_layer") if isinstance(smaller.get(k), int)), 2)
+        layers = next(
+            (smaller[k] for k in ("num_hidden_layers", "n_layers", "n_layer") if isinstance(smaller.get(k), int)), 2
+        )
         for k, v in value.items():
             if isinstance(v, list) and v and re.search(r"layer_types|layers_block_type|layer_type_list|block_types", k):
                 kinds = list(dict.fromkeys(v))
@@ -164,7 +175,7 @@ def tiny_config(config_class: type, task: str) -> Any:
     default = config_class()
     fields = {k: v for k, v in default.to_dict().items() if k not in ("transformers_version", "model_type", "dtype")}
     fields = shrunk(fields)
-    fields |= {k: v for k, v in OVERRIDES.get(config_class.model_type, {}).items()}
+    fields |= OVERRIDES.get(config_class.model_type, {})
     for name in list(fields):
         if isinstance(fields[name], dict) and "transformers_version" in fields[name]:
             fields[name].pop("transformers_version")
