@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -210,13 +209,13 @@ def measure(
     leaves: list[bool] = []
     context = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
 
-    def recorder(block: nn.Module, real: Callable[..., Any], last: bool) -> Callable[..., Any]:
-        key = (type(block), getattr(block, "attention_type", None), _signature(block))
+    def recorder(block: nn.Module, last: bool) -> Callable[..., Any]:
+        key = _kind(block)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             keys.append(key)
             leaves.append(x.is_leaf and x.requires_grad)
-            kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")}
+            kwargs = _block_arguments(kwargs)
             if key not in kinds:
                 kinds[key] = (block, (x, *args), kwargs)
             seen.setdefault("shared", ledger.live - rounded(x.untyped_storage().nbytes()))
@@ -224,30 +223,29 @@ def measure(
                 seen["before"] = ledger.live
                 ledger.restart()
             y = _Through.apply(x, (lambda: seen.setdefault("head", ledger.peak)) if last else None)
-            return (y,) if tuples[key] else y
+            return _like(returned[key], y)
 
-        tuples.setdefault(key, _returns_tuple(block))
         return forward
 
-    tuples: dict[Any, bool] = {}
     originals = [b.__dict__.get("forward") for b in blocks]
     with fakes(), context:
         _to_fake(model, {id(m) for b in blocks for m in b.modules()})
-        for b in blocks:
-            b.__dict__["forward"] = recorder(b, b.forward, b is blocks[-1])
-        hook = model.get_input_embeddings().register_forward_hook(lambda m, a, y: y.requires_grad_())
+        ids = torch.empty(batch, sequence, dtype=torch.int64)
+        hook = None
         try:
-            ids = torch.empty(batch, sequence, dtype=torch.int64)
+            with torch.no_grad():
+                mask = _mask(batch, sequence, masked)
+                returned = _returned(blocks, lambda: _loss(model, ids, fast, mask, kernel))
+            for b in blocks:
+                b.__dict__["forward"] = recorder(b, b is blocks[-1])
+            hook = model.get_input_embeddings().register_forward_hook(lambda m, a, y: y.requires_grad_())
             with ledger:
-                mask = {"attention_mask": torch.empty(batch, 1, sequence, sequence, dtype=torch.bool)} if masked else {}
-                loss = _loss(model, ids, fast, mask, kernel)
+                loss = _loss(model, ids, fast, _mask(batch, sequence, masked), kernel)
                 loss.backward()
         finally:
-            hook.remove()
-            for b, original in zip(blocks, originals, strict=True):
-                del b.__dict__["forward"]
-                if original is not None:
-                    b.__dict__["forward"] = original
+            if hook is not None:
+                hook.remove()
+            _put_back(blocks, originals)
         profiles = {}
         for key, (block, args, kwargs) in kinds.items():
             _to_fake(block, set())
@@ -263,9 +261,63 @@ def _has_packed_experts(block: nn.Module) -> bool:
     return any(isinstance(f, Experts) and f.quantized for f in forwards)
 
 
-def _returns_tuple(block: nn.Module) -> bool:
-    hint = str(inspect.signature(type(block).forward).return_annotation)
-    return "tuple" in hint.lower() and "Tensor |" not in hint and "| torch.Tensor" not in hint
+def _kind(block: nn.Module) -> Any:
+    """What blocks with the same activations have in common."""
+    return type(block), getattr(block, "attention_type", None), _signature(block)
+
+
+def _block_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")}
+
+
+def _mask(batch: int, sequence: int, masked: bool) -> dict[str, Tensor]:
+    return {"attention_mask": torch.empty(batch, 1, sequence, sequence, dtype=torch.bool)} if masked else {}
+
+
+def _put_back(blocks: list[nn.Module], originals: list[Any]) -> None:
+    for b, original in zip(blocks, originals, strict=True):
+        b.__dict__.pop("forward", None)
+        if original is not None:
+            b.__dict__["forward"] = original
+
+
+def _returned(blocks: list[nn.Module], run: Callable[[], Any]) -> dict[Any, Any]:
+    """Call one block of each kind and note what it returns; annotations are often those of an earlier version.
+
+    Args:
+        blocks: their forwards are replaced, and those that were called hold fake tensors afterwards.
+        run: calls the model.
+
+    Returns:
+        The result of each kind of block.
+    """
+    found: dict[Any, Any] = {}
+
+    def caller(block: nn.Module, real: Callable[..., Any]) -> Callable[..., Any]:
+        key = _kind(block)
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if key not in found:
+                _to_fake(block, set())
+                found[key] = real(x, *args, **_block_arguments(kwargs))
+            return _like(found[key], torch.empty_like(x))
+
+        return forward
+
+    for b in blocks:
+        b.__dict__["forward"] = caller(b, b.forward)
+    run()
+    return found
+
+
+def _like(found: Any, x: Tensor) -> Any:
+    """Make a result of the same structure, with `x` as the hidden states and new tensors for others."""
+    if isinstance(found, Tensor):
+        return x
+    if not isinstance(found, tuple | list):
+        raise UnsupportedOperation(f"a block returns {type(found).__name__}; plans are for tensors and tuples of them")
+    others = [torch.empty_like(t) if isinstance(t, Tensor) else t for t in found[1:]]
+    return type(found)((x, *others))
 
 
 def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor], kernel: bool) -> Tensor:
