@@ -44,7 +44,9 @@ def page(results: dict[str, dict[str, list[str]]]) -> str:
     for task, names in sorted(tasks.items()):
         right = [n for n, by in sorted(names.items()) if all(o == "right" for f in by.values() for o, _ in f.values())]
         quantizers = ", ".join(f"`{q}`" for q in sorted({q for by in names.values() for q in by}))
-        parts.append(f"\n## {task}\n\n{len(names)} classes over {quantizers}; every check is right for {len(right)}:\n\n")
+        parts.append(
+            f"\n## {task}\n\n{len(names)} classes over {quantizers}; every check is right for {len(right)}:\n\n"
+        )
         parts.append(", ".join(f"`{n}`" for n in right) + ".\n\n| class | check | outcome |\n|---|---|---|\n")
         for name, by in sorted(names.items()):
             parts += _rows(name, by)

@@ -67,9 +67,9 @@ FIELDS: list[tuple[str, Any]] = [
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 32},
-    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "layers_block_type": None},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
@@ -182,6 +182,8 @@ def tiny_config(config_class: type, task: str) -> Any:
     fields.setdefault("pad_token_id", 0)
     if fields["pad_token_id"] is None:
         fields["pad_token_id"] = 0
+    if task == "seq2seq" and fields.get("decoder_start_token_id") is None:
+        fields["decoder_start_token_id"] = 0
     if task.endswith("classification"):
         fields["num_labels"] = 3
         fields.pop("id2label", None)

@@ -11,7 +11,6 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DECODERS = [
     "ApertusForCausalLM",
     "CohereForCausalLM",
-    "FalconForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "GPT2LMHeadModel",
@@ -96,6 +95,8 @@ def test_no_decoder_is_worse_than_stored(sweep, quantizer):
         expected = stored.get(f"{task}/{name}/{quantizer}", {})
         found = checks.run_class(task, kind, name, quantizer) if expected else {}
         worse |= {
-            f"{name} {k}": found.get(k) for k, v in expected.items() if v[0] == "right" and found.get(k) != ["right", ""]
+            f"{name} {k}": found.get(k)
+            for k, v in expected.items()
+            if v[0] == "right" and found.get(k) != ["right", ""]
         }
     assert worse == {}

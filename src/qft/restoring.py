@@ -34,6 +34,7 @@ from qft.modes import normal_mode, without_inference_tensors
 from qft.noted import REWRITTEN
 from qft.packed import TensorQuantizer
 from qft.pipeline import is_lora
+from qft.prompts import prepare_prompts
 from qft.quantizer import Quantizer, code_options, float_weight
 from qft.quantizing import quantize_as
 from qft.registry import Spec, get_quantizer, quantizer_of
@@ -127,6 +128,7 @@ def load_adapter(
             put_starts(peft_model, starts, name)
             _load_others(peft_model, folder, note, is_trainable)
             merge_exactly(peft_model)
+            prepare_prompts(peft_model)
             if record.forward == "dequantize":
                 DequantizedForward.put_on(model)
             if note is not None and note["base_changed"] and not record.base_changed:
