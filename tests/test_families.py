@@ -13,6 +13,15 @@ FAMILIES = [
     "Gemma3ForCausalLM",
     "Glm4MoeForCausalLM",
     "GptOssForCausalLM",
+    "MinistralForCausalLM",
+    "Ministral3ForCausalLM",
+    "MistralForCausalLM",
+    "NemotronHForCausalLM",
+    "Olmo3ForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "DeepseekV4ForCausalLM",
+    "GraniteMoeHybridForCausalLM",
 ]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
