@@ -1,6 +1,6 @@
 """Every model class of the installed transformers at a tiny size: quantized, adapted, merged, saved, exported, generated.
 
-    python benchmarks/architectures_gpu.py --out /tmp/architectures.json
+    python benchmarks/architectures_gpu.py --out architectures.json
     python benchmarks/architectures_gpu.py --task causal-lm --only 'Gemma|Qwen' --quantizers nf4
     python benchmarks/architectures_gpu.py --device cuda --dtype bfloat16 --task causal-lm --steps 3 --jobs 16
 

@@ -33,6 +33,7 @@ from qft.modes import normal_mode, without_inference_tensors
 from qft.noted import REWRITTEN
 from qft.packed import TensorQuantizer
 from qft.pipeline import is_lora
+from qft.prompts import prepare_prompts
 from qft.quantizer import Quantizer, code_options, float_weight
 from qft.quantizing import quantize_as
 from qft.reading import read_json_object
@@ -129,6 +130,7 @@ def load_adapter(
             if is_lora(config):
                 check_extra(folder, peft_model)
             merge_exactly(peft_model)
+            prepare_prompts(peft_model)
             if record.forward == "dequantize":
                 DequantizedForward.put_on(model)
             if note is not None and note["base_changed"] and not record.base_changed:
