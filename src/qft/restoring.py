@@ -186,8 +186,7 @@ def check_codes(folder: Path, note: dict[str, Any], model: nn.Module, record: ma
     Warns:
         QftWarning: other codes of the same weights, with the measured difference.
     """
-    stored = (folder / "base").is_dir()
-    if note["base_changed"] and not record.base_changed and stored:
+    if note["base_changed"] and not record.base_changed and note["base_stored"]:
         return  # the stored base is put over this one
     difference = codes_difference(note["codes"], codes_fingerprint(marks.base_model(model))) if note["codes"] else 0.0
     same = bool(note["codes"]) and difference < SAME_CODES
@@ -238,7 +237,9 @@ def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: d
     if not is_lora(config):
         check_method(config, quantizers.values())
     check_float_origin(note, base)
-    if note["base_changed"] and not (folder / "base").is_dir():
+    if note["base_changed"] and not note["base_stored"]:
+        if not note["init"] and not note["base_merged"]:
+            raise BadFolder(f"{folder / 'qft.json'} says that the base was changed, and no base is stored next to it")
         raise AdapterMismatch(
             f"the base of this adapter was rewritten by {note['init'] or 'a merge'}, and {folder} does not store it: load the "
             "adapter over that base, or save both with qft.save"
