@@ -26,7 +26,10 @@ QUANTIZERS = (
     "inc", "mxfp4", "quanto", "sinq", "torchao", "reference",
 )  # fmt: skip
 """The registry's names, for tab completion, which has no time to import it; a test compares them."""
-EXIT_CODES = "Exit codes: 0 done; 1 refused, with one line that says why; 2 a wrong option; 130 interrupted by Ctrl-C."
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 refused, with one line that says why; 2 a wrong option; 130 interrupted by Ctrl-C; "
+    "143 ended by SIGTERM."
+)
 
 AT_A_SHELL = {"resume='restart'": "--restart", "skip_bad_rows=True": "--skip-bad-rows"}
 """What errors advise a caller from Python to write, and what that is here."""

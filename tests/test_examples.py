@@ -23,7 +23,7 @@ def run(name, *args):
 def test_custom_quantizer_registers_conforms_trains_merges_saves_and_loads():
     done = run("custom_quantizer.py")
     assert done.returncode == 0, done.stderr
-    for line in ("15 checks passed", "trained: loss", "merged to float:", "saved and loaded: the same logits"):
+    for line in ("17 checks passed", "trained: loss", "merged to float:", "saved and loaded: the same logits"):
         assert line in done.stdout
     assert "ruled out" not in done.stdout
     assert "QftWarning" not in done.stderr

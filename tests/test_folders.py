@@ -776,7 +776,7 @@ def test_an_adapter_without_a_note_is_taken_over_a_quantized_base(folders, tmp_p
     model = tuned(folders / "llama")
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    assert not (tmp_path / "qft.json").exists()
+    (tmp_path / "qft.json").unlink()  # as PEFT writes the folder where qft is not loaded
     base = qft.quantize(folders / "llama", "nf4", progress=False)
     assert torch.equal(logits(qft.load(tmp_path, base=base)), expected)
     with pytest.raises(BadOption, match="float model"):

@@ -20,6 +20,7 @@ from qft.experts import as_stack, pack_parameter
 from qft.finite import ResultCheck
 from qft.paths import did_you_mean, is_adapter
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
+from qft.reading import check_model_config, check_model_folder
 from qft.registry import file_reader, folder_reader, quantizer_of
 from qft.saying import first_sentence
 from qft.selection import Selection, select, settle, target_weights
@@ -27,6 +28,8 @@ from qft.shard_index import read_weight_map
 
 TRIM_EVERY = 4 * 2**20
 """Bytes of float weights between two calls of `_trim`."""
+CHECKED_AT_ONCE = 2**24
+"""Elements of a float weight that are checked for NaN at once."""
 
 
 class _Stop(BaseException):
@@ -253,6 +256,7 @@ def load_quantized(
         raise BadFolder(f"cannot load a model from {path}: {first_sentence(error)}") from error
     except Exception as error:
         raise BadFolder(f"cannot load a model from {path}: {first_sentence(error)}") from error
+    check_finite(model)
     if plan is not None:
         plan.finish(model, info["missing_keys"])
     elif missing := info["missing_keys"] if source is None else _missing_codes(model, info["missing_keys"]):
@@ -262,6 +266,16 @@ def load_quantized(
     if complete:
         check_tensors(path, info["missing_keys"], info["unexpected_keys"])
     return model
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise `NonFiniteWeights` where a float weight outside of the quantized layers holds NaN or infinity."""
+    packed = {id(p) for m in model.modules() if quantizer_of(m) is not None for p in m.parameters()}
+    for name, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or weight.element_size() == 1 or id(weight) in packed:
+            continue
+        if not all(bool(part.isfinite().all()) for part in weight.detach().reshape(-1).split(CHECKED_AT_ONCE)):
+            raise NonFiniteWeights(f"{name} holds NaN or infinity: repair the checkpoint")
 
 
 def check_tensors(path: str | os.PathLike[str], missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -331,8 +345,13 @@ def read_config(path: str, options: Mapping[str, Any]) -> Any:
     if where.is_file():
         raise BadFolder(f"{path} is a file: give the folder of a model, as save_pretrained writes it")
     names = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only", "gguf_file")
+    check_model_folder(where)
     try:
-        return transformers.AutoConfig.from_pretrained(path, **{k: options[k] for k in names if k in options})
+        config = transformers.AutoConfig.from_pretrained(path, **{k: options[k] for k in names if k in options})
+        check_model_config(config.to_dict(), path)
+        return config
+    except BadFolder:
+        raise
     except Exception as error:
         if where.exists():
             file = where / (options.get("gguf_file") or "config.json")

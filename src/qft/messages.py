@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qft.deadline import TimeIsUp, deadline
 from qft.errors import BadOption
 from qft.saying import one_line
 
@@ -227,6 +228,12 @@ def check_text(value: Any, where: str) -> None:
             check_text(inner, where)
 
 
+RENDER_SECONDS = 10.0
+"""A template may take so long for one conversation."""
+MOST_CHARACTERS = 2**26
+"""A template may write so many characters for one conversation."""
+
+
 class ChatTemplate:
     """A tokenizer's chat template, which gets the content of messages in the form that it reads: text or parts.
 
@@ -269,6 +276,8 @@ class ChatTemplate:
         given: Any = [self._given(m) for m in messages]
         try:
             return self._applied(given, tools, generation, options)
+        except BadOption:
+            raise
         except Exception as error:  # templates raise errors of any class
             check_text([messages, tools], "the conversation")
             if not all("content" in m for m in given):  # of tool calls; some templates want an empty text there
@@ -279,13 +288,25 @@ class ChatTemplate:
             raise BadOption(f"{self.name} refuses this conversation: {one_line(error)}") from error
 
     def _applied(self, given: list[dict[str, Any]], tools: Any, generation: bool, options: dict[str, Any]) -> Any:
-        found = self.tokenizer.apply_chat_template(
-            given or [given],  # only a batch may hold an empty conversation
-            tools=tools,
-            chat_template=self.template,
-            add_generation_prompt=generation,
-            **options,
-        )
+        try:
+            with deadline(RENDER_SECONDS):
+                found = self.tokenizer.apply_chat_template(
+                    given or [given],  # only a batch may hold an empty conversation
+                    tools=tools,
+                    chat_template=self.template,
+                    add_generation_prompt=generation,
+                    **options,
+                )
+        except TimeIsUp:
+            raise BadOption(
+                f"{self.name} renders one conversation for more than {RENDER_SECONDS:g} seconds: it loops too often; give "
+                "another template (chat_template=)"
+            ) from None
+        if isinstance(found, str) and len(found) > MOST_CHARACTERS:
+            raise BadOption(
+                f"{self.name} writes {len(found)} characters for one conversation, and at most {MOST_CHARACTERS} are taken; "
+                "give another template (chat_template=)"
+            )
         return found if given else _first(found)
 
     def _given(self, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from qft.devices import check_device, place
 from qft.errors import BadFolder, BadOption
 from qft.loading import load_quantized, read_config, stored_quantization
 from qft.paths import check_model_path, is_adapter
+from qft.reading import read_json_object
 from qft.registry import from_config
 from qft.restoring import _strict_load, check_adapter_files, load
 from qft.saving import read_note
@@ -82,7 +82,7 @@ def base_of(source: str, base: str | None) -> str | None:
     check_adapter_files(Path(source))
     if (Path(source) / "base" / "config.json").is_file():
         return str(Path(source) / "base")
-    return json.loads((Path(source) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    return read_json_object(Path(source) / "adapter_config.json").get("base_model_name_or_path")
 
 
 def find_tokenizer(*places: str | os.PathLike[str] | None, strict: bool = False) -> Any | None:

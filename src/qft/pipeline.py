@@ -35,6 +35,7 @@ from qft.lora.tuners import check_method
 from qft.modes import normal_mode, without_inference_tensors
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
+from qft.prompts import prepare_prompts
 from qft.quantizer import Quantizer
 from qft.quantizing import quantize_as, warn_unused_calibration
 from qft.registry import parse_spec
@@ -220,6 +221,7 @@ def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record, for
             without_inference_tensors(model)
             peft_model = get_peft_model(model, adapter)
             merge_exactly(peft_model)
+            prepare_prompts(peft_model)
             if forward == "dequantize":
                 DequantizedForward.put_on(model)
             return peft_model

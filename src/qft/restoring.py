@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -34,8 +33,10 @@ from qft.modes import normal_mode, without_inference_tensors
 from qft.noted import REWRITTEN
 from qft.packed import TensorQuantizer
 from qft.pipeline import is_lora
+from qft.prompts import prepare_prompts
 from qft.quantizer import Quantizer, code_options, float_weight
 from qft.quantizing import quantize_as
+from qft.reading import read_json_object
 from qft.registry import Spec, get_quantizer, quantizer_of
 from qft.saving import as_path, read_note
 from qft.starts import put_starts, read_starts
@@ -126,7 +127,10 @@ def load_adapter(
             )
             put_starts(peft_model, starts, name)
             _load_others(peft_model, folder, note, is_trainable)
+            if is_lora(config):
+                check_extra(folder, peft_model)
             merge_exactly(peft_model)
+            prepare_prompts(peft_model)
             if record.forward == "dequantize":
                 DequantizedForward.put_on(model)
             if note is not None and note["base_changed"] and not record.base_changed:
@@ -182,8 +186,7 @@ def check_codes(folder: Path, note: dict[str, Any], model: nn.Module, record: ma
     Warns:
         QftWarning: other codes of the same weights, with the measured difference.
     """
-    stored = (folder / "base").is_dir()
-    if note["base_changed"] and not record.base_changed and stored:
+    if note["base_changed"] and not record.base_changed and note["base_stored"]:
         return  # the stored base is put over this one
     difference = codes_difference(note["codes"], codes_fingerprint(marks.base_model(model))) if note["codes"] else 0.0
     same = bool(note["codes"]) and difference < SAME_CODES
@@ -234,7 +237,9 @@ def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: d
     if not is_lora(config):
         check_method(config, quantizers.values())
     check_float_origin(note, base)
-    if note["base_changed"] and not (folder / "base").is_dir():
+    if note["base_changed"] and not note["base_stored"]:
+        if not note["init"] and not note["base_merged"]:
+            raise BadFolder(f"{folder / 'qft.json'} says that the base was changed, and no base is stored next to it")
         raise AdapterMismatch(
             f"the base of this adapter was rewritten by {note['init'] or 'a merge'}, and {folder} does not store it: load the "
             "adapter over that base, or save both with qft.save"
@@ -307,10 +312,7 @@ def _spec_of(note: dict[str, Any]) -> Spec:
 
 def check_adapter_files(folder: Path) -> None:
     """Raise `BadFolder` where the adapter's files cannot be read, before any base is touched."""
-    try:
-        json.loads((folder / "adapter_config.json").read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BadFolder(f"{folder / 'adapter_config.json'} is damaged: {error}") from error
+    read_json_object(folder / "adapter_config.json")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise BadFolder(f"{folder} has no adapter_model.safetensors; qft reads no pickle files (adapter_model.bin)")
@@ -326,6 +328,30 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights in an adapter's file, by their names in it."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+
+
+def check_extra(folder: Path, model: nn.Module) -> None:
+    """Refuse LoRA weights in an adapter's file for layers that the model does not have, or that are not adapted.
+
+    PEFT ignores them without a warning. Models whose names transformers converts are left to PEFT.
+
+    Raises:
+        AdapterMismatch: with the first name.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if get_model_conversion_mapping(marks.base_model(model), add_legacy=False):
+        return
+    adapted = {name for name, module in model.named_modules() if getattr(module, "lora_A", None) is not None}
+    adapted = {name.replace(".base_layer", "") for name in adapted}
+    names = sorted(name for name in adapter_shapes(folder) if ".lora_" in name)
+    extra = [n for n in names if n.partition(".lora_")[0].replace(".base_layer", "") not in adapted]
+    if extra:
+        more = f" and {len(extra) - 1} more weights" if len(extra) > 1 else ""
+        raise AdapterMismatch(
+            f"{folder} holds {extra[0]}{more}, and the model has no such adapted layer: give the base that this adapter was "
+            "trained over"
+        )
 
 
 def restore_base(model: nn.Module, folder: Path, record: marks.Record) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from qft.errors import BadFolder, BadOption, NeedsOriginal, NonFiniteWeights, Un
 from qft.guard import as_it_was
 from qft.loading import stored_quantization
 from qft.lora.model import QftLoraModel, check_config
+from qft.reading import read_json_object
 from qft.registry import get_quantizer
 from qft.restoring import load
 from qft.saving import read_note
@@ -33,7 +33,7 @@ def original_of_folder(folder: Path, original: Any, base: Any, options: dict[str
         return original
     if isinstance(base, nn.Module) and not hasattr(base, "peft_config") and not is_quantized(base):
         return base
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json_object(folder / "adapter_config.json")
     names = [base, config.get("base_model_name_or_path")] if isinstance(config, dict) else []
     return readable(names, options)
 

@@ -193,7 +193,7 @@ def _pairs(words: list[str]) -> dict[str, Any]:
         key, _, value = word.partition("=")
         try:
             found[key.strip().replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             raise BadOption(f"{word}: what follows '=' is no value that YAML reads; quote it") from None
     return found
 

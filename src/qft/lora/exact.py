@@ -21,31 +21,31 @@ class ExactMerging:
     does not come back to the bit.
     """
 
-    _own: list[tuple[nn.Module, str, KeptParameter]] | None = None
+    _qft_own: list[tuple[nn.Module, str, KeptParameter]] | None = None
 
     @normal_mode()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge by PEFT's own code into parameters that belong to this layer alone."""
-        fresh = self._own is None
+        fresh = self._qft_own is None
         if fresh:
-            self._own = [(m, key, give_own(m, key)) for m, key in _float_parameters(self.get_base_layer())]
+            self._qft_own = [(m, key, give_own(m, key)) for m, key in _float_parameters(self.get_base_layer())]
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         finally:
             if fresh and not self.merged:
-                self._give_back()
+                self._give_back_own()
 
     @normal_mode()
     def unmerge(self) -> None:
         """Put the parameters of before the merge back; those that were shared are shared again."""
         if self.merged:
             super().unmerge()
-        self._give_back()
+        self._give_back_own()
 
-    def _give_back(self) -> None:
-        for module, key, kept in self._own or ():
+    def _give_back_own(self) -> None:
+        for module, key, kept in self._qft_own or ():
             give_back(module, key, kept)
-        self._own = None
+        self._qft_own = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.merged and not self.disable_adapters:

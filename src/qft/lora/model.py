@@ -532,16 +532,26 @@ def all_linear(model: nn.Module, config: Any, *, say: bool = False) -> list[str]
 
     Args:
         say: warn of the layers that are left out, by name.
+
+    Raises:
+        BadShape: every layer is smaller than the rank.
     """
-    kept, left = [], {}
+    kept: list[str] = []
+    left: dict[str, str] = {}
+    small = ""
     for name in linear_targets(model, _quantized):
-        size = min(_shape(_bare(model.get_submodule(name))))
-        if _rank_of(config, name) > size:
+        shape = _shape(_bare(model.get_submodule(name)))
+        named = _rank_of(config, name) != getattr(config, "r", 1)  # by rank_pattern: refused where it does not fit
+        if _rank_of(config, name) > min(shape) and not named:
             left[name] = "smaller than the rank"
+            first = f"rank {_rank_of(config, name)} is larger than {name}, whose weight is {shape[0]} × {shape[1]}"
+            small = small or first
         elif not _allowed_by_peft(model, config, name):
             left[name] = "PEFT does not adapt it in this architecture"
         else:
             kept.append(name)
+    if small and not kept:
+        raise BadShape(f"{small}, and no linear layer of this model is larger")
     if left and say:
         reasons = {reason: [n for n, r in left.items() if r == reason] for reason in dict.fromkeys(left.values())}
         said = "; ".join(

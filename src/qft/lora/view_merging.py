@@ -36,7 +36,7 @@ class ViewMerging:
     """
 
     last_merge: WeightMerge | None = None
-    _unmerged: tuple[Any, KeptParameter | None] | None = None
+    _qft_kept: tuple[Any, KeptParameter | None] | None = None
 
     def check_merge(self, names: list[str]) -> None:
         """Raise what `merge` would raise, without changing anything.
@@ -51,7 +51,7 @@ class ViewMerging:
                 f"{view.quantizer!r} cannot take a merge (capability merge_to_quantized); qft.merge_to_float works"
             )
         if names and not self.merged:
-            self._check_bias(merged_by_peft(self, names)[2])
+            self._check_merged_bias(merged_by_peft(self, names)[2])
 
     @normal_mode()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -69,22 +69,22 @@ class ViewMerging:
             return
         earlier = list(self.merged_adapters)
         try:
-            self._merge(earlier + names)
+            self._merge_names(earlier + names)
         except BaseException:
             self.unmerge()
             if earlier:
-                self._merge(earlier)
+                self._merge_names(earlier)
             raise
 
-    def _merge(self, names: list[str]) -> None:
+    def _merge_names(self, names: list[str]) -> None:
         self.unmerge()
         self.check_merge(())
         view = self.get_base_layer()
         quantizer, handle = view.quantizer, view.handle
         before, wanted, bias = merged_by_peft(self, names)
-        self._check_bias(bias)
+        self._check_merged_bias(bias)
         old = handle.bias
-        self._unmerged = (quantizer.snapshot(handle), None if old is None else keep(old))
+        self._qft_kept = (quantizer.snapshot(handle), None if old is None else keep(old))
         quantizer.requantize(handle, wanted)
         if old is not None and bias is not None:
             give_own(handle.module, "bias", bias)
@@ -99,13 +99,13 @@ class ViewMerging:
     @normal_mode()
     def unmerge(self) -> None:
         """Put the quantized weight back, to the bit."""
-        if self._unmerged is not None:
-            saved, bias = self._unmerged
+        if self._qft_kept is not None:
+            saved, bias = self._qft_kept
             view = self.get_base_layer()
             view.quantizer.restore(view.handle, saved)
             if bias is not None:
                 give_back(view.handle.module, "bias", bias)
-            self._unmerged = None
+            self._qft_kept = None
         self.merged_adapters = []
 
     def unload_and_optionally_merge_module(
@@ -116,7 +116,7 @@ class ViewMerging:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.get_base_layer()
 
-    def _check_bias(self, bias: Tensor | None) -> None:
+    def _check_merged_bias(self, bias: Tensor | None) -> None:
         if bias is not None and self.get_base_layer().bias is None:
             raise UnsupportedOperation(
                 "this adapter adds a bias and the layer has none to merge it into: a merged model would have parameters "
@@ -175,7 +175,7 @@ def merged_by_peft(layer: Any, names: list[str]) -> tuple[Tensor, Tensor, Tensor
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=False)
     twin = copy.deepcopy(layer, {id(view): plain})
-    twin._unmerged = None
+    twin._qft_kept = None
     twin.merged_adapters = []
     try:
         super(ViewMerging, twin).merge(safe_merge=True, adapter_names=names)

@@ -37,6 +37,9 @@ PARTS = {
 }
 """Part → what it is. A moment's parts add up to its bytes."""
 
+MOST_TOKENS = 2**24
+"""Upper bound of a planned batch size, sequence length and number of cards; a block is traced at these sizes."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -243,6 +246,8 @@ def plan(
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length), ("cards", cards)):
         if type(value) is not int or value < 1:
             raise BadOption(f"{name}={value!r}; it is an int of at least 1")
+        if value > MOST_TOKENS:
+            raise BadOption(f"{name}={value!r}; it is at most {MOST_TOKENS}")
     if loading not in ("folder", "memory"):
         raise BadOption(f"loading={loading!r}; it is 'folder' or 'memory'")
     if isinstance(skip, str):

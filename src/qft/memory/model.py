@@ -18,6 +18,7 @@ from qft.errors import BadFolder, BadOption, UnsupportedOperation
 from qft.lora.model import check_config, fill_targets, targeted
 from qft.memory.activations import rounded
 from qft.quantizer import Quantizer, float_weight
+from qft.reading import check_model_config, check_model_folder
 from qft.registry import parse_spec
 from qft.selection import Selection, select, settle, target_weights
 
@@ -44,6 +45,7 @@ def hollow(source: Any, dtype: torch.dtype | None) -> nn.Module:
     elif isinstance(source, PretrainedConfig):
         config = source
     elif isinstance(source, str | os.PathLike):
+        check_model_folder(source)
         try:
             config = AutoConfig.from_pretrained(os.fspath(source), local_files_only=True)
         except (OSError, ValueError) as error:
@@ -56,6 +58,7 @@ def hollow(source: Any, dtype: torch.dtype | None) -> nn.Module:
         raise UnsupportedOperation(
             f"{config.model_type} is an encoder-decoder, whose two stacks hold activations at once: plans are for decoders"
         )
+    check_model_config(config.to_dict(), type(config).__name__)
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

@@ -40,17 +40,21 @@ LEAST: dict[str, float] = {
     "max_grad_norm": 0,
     "seed": 0,
 }
-MOST: dict[str, int] = {
-    "lora_r": 2**31 - 1,
-    "max_length": 2**31 - 1,
-    "batch_size": 2**31 - 1,
-    "gradient_accumulation": 2**31 - 1,
-    "max_steps": 2**31 - 1,
-    "logging_steps": 2**31 - 1,
-    "save_total_limit": 2**31 - 1,
+MOST: dict[str, float] = {
     "seed": 2**32 - 1,
+    "max_steps": 10**9,
+    "max_length": 2**24,
+    "batch_size": 2**20,
+    "gradient_accumulation": 2**20,
+    "lora_r": 2**16,
+    "epochs": 10**6,
+    "logging_steps": 10**9,
+    "save_steps": 10**9,
+    "save_total_limit": 10**6,
+    "calibration_samples": 10**7,
+    "max_seconds": 10**9,
 }
-"""The largest integers that the trainer's arithmetic and NumPy's generator take."""
+"""Upper bounds: what numpy takes as a seed, and what a run can do in a human time."""
 SHARES = ("lora_dropout", "warmup_ratio", "eval_share")
 ABOVE_ZERO = ("lr", "epochs", "lora_alpha", "save_steps", "max_seconds")
 OTHER_NAMES = {
@@ -324,6 +328,8 @@ def read_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, i
         raise BadFolder(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except RecursionError as error:
+        raise BadOption(f"{path}: the YAML is nested too deep; a configuration is one 'name: value' a line") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" line {mark.line + 1}"

@@ -126,6 +126,15 @@ class RunFolder:
             partial.unlink(missing_ok=True)
             raise BadFolder(f"cannot write {self.path / NOTE}: {error.strerror or error}") from error
 
+    def check_there(self) -> None:
+        """Refuse to go on where the folder was deleted during the run.
+
+        Raises:
+            BadFolder: the run's note is not there any more.
+        """
+        if not (self.path / NOTE).is_file():
+            raise BadFolder(f"{self.path} was deleted while this run was writing to it: start the run again")
+
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Whole checkpoints, by step."""
         try:

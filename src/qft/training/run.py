@@ -98,7 +98,8 @@ def train(
 
     An interrupted run goes on from its last whole checkpoint when it is started again with the same configuration, and
     ends as it would have without the interruption: optimizer, schedule, random numbers and the order of the data are
-    those of the checkpoint. A finished run that is started again does nothing, and says so; a run that `max_seconds` cut
+    those of the checkpoint. SIGTERM, in the main thread, ends a run after the current step with a checkpoint and with
+    `SystemExit(143)`. A finished run that is started again does nothing, and says so; a run that `max_seconds` cut
     is finished, and a killed one that goes on has its `max_seconds` anew.
 
     Args:
@@ -117,6 +118,7 @@ def train(
     start = time.perf_counter()
     config = as_config(config, overrides)
     _need_trl()
+    from qft.training.termination import terminable
     from qft.training.trainers import build_trainer, quiet
 
     with quiet():
@@ -127,11 +129,13 @@ def train(
             log.info("%s is finished: nothing to do; resume='restart' trains anew", run.path)
             return TrainResult(**{**note["result"], "already_finished": True, "seconds": time.perf_counter() - start})
         run.begin(config, prepared.digests, note)
-        with run.alone():
-            return _run(prepared, run, build_trainer, start, new=note is None)
+        with run.alone(), terminable(run) as termination:
+            return _run(prepared, run, build_trainer, start, new=note is None, termination=termination)
 
 
-def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float, new: bool) -> TrainResult:
+def _run(
+    prepared: Prepared, run: RunFolder, build_trainer: Any, start: float, new: bool, termination: Any
+) -> TrainResult:
     from transformers import set_seed
 
     config, last = prepared.config, run.last
@@ -141,15 +145,19 @@ def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float, n
     set_seed(config.seed)  # of the adapter's start
     try:
         model = load_model(prepared)
+        padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+        limit = None if config.max_seconds is None else start + config.max_seconds
+        trainer = build_trainer(model, prepared, run, limit)
     except QftError:
         if new:
             run.abandon()
         raise
-    trainer = build_trainer(model, prepared, run, None if config.max_seconds is None else start + config.max_seconds)
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    _train(trainer, last)
+    trainer.add_callback(termination)
+    with termination.steps():
+        _train(trainer, last, run)
     if counts_from_padding(model):  # transformers' trainers put the tokenizer's id there
         model.config.pad_token_id = padding
+    run.check_there()
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluation = {}
@@ -187,7 +195,7 @@ def _run(prepared: Prepared, run: RunFolder, build_trainer: Any, start: float, n
     return result
 
 
-def _train(trainer: Any, last: Path | None) -> None:
+def _train(trainer: Any, last: Path | None, run: RunFolder) -> None:
     from transformers import TrainerState
 
     state = None if last is None else TrainerState.load_from_json(str(last / "trainer_state.json"))
@@ -197,6 +205,9 @@ def _train(trainer: Any, last: Path | None) -> None:
     else:
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except OSError:  # such as of the writer of events
+            run.check_there()
+            raise
         finally:
             trainer.watch.close()
 

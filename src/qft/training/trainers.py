@@ -30,7 +30,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from qft.errors import BadFolder, MissingDependency, NonFiniteWeights, QftError
+from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
+from qft.saying import first_sentence
 from qft.training.checks import check_padding
 from qft.training.folder import PARTIAL, RunFolder
 from qft.training.models import autocast_dtype
@@ -53,6 +54,7 @@ class Whole:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
         self._partial = self.run.path / f"{PARTIAL}{os.getpid()}"
+        self.run.check_there()
         try:
             shutil.rmtree(self._partial, ignore_errors=True)
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -202,7 +204,12 @@ def build_trainer(model: nn.Module, prepared: Prepared, run: RunFolder, deadline
         "train_dataset": _dataset(prepared.train.rows),
         "eval_dataset": None if prepared.evaluation is None else _dataset(prepared.evaluation.rows),
     }
-    trainer = _MAKERS[prepared.task](arguments(prepared, run), options, prepared)
+    try:
+        trainer = _MAKERS[prepared.task](arguments(prepared, run), options, prepared)
+    except QftError:
+        raise
+    except ValueError as error:  # such as of adapters on a head whose weight TRL reads directly
+        raise BadOption(f"the trainer refuses this run: {first_sentence(error)}") from error
     trainer.run, trainer.keep = run, prepared.config.save_total_limit
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
