@@ -11,14 +11,17 @@ second call continues. With `--steps`, a class is quantized, tuned for that many
 from __future__ import annotations
 
 import argparse
+import importlib.metadata as metadata
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import platform
 import re
 import sys
 import time
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +109,8 @@ def sweep(jobs: list[Any], out: Path, options: dict[str, Any], workers: int, lim
     Returns:
         The results by `task/class/quantizer`: check → `[outcome, detail]`.
     """
-    results = json.loads(out.read_text()) if out.exists() else {}
+    results = json.loads(out.read_text())["results"] if out.exists() else {}
+    about = origin(options)
     waiting = [j for j in jobs if _key(j) not in results]
     pool = [Worker(options) for _ in range(workers)]
     while waiting or any(w.job for w in pool):
@@ -118,12 +122,23 @@ def sweep(jobs: list[Any], out: Path, options: dict[str, Any], workers: int, lim
                 print(f"{time.monotonic() - w.began:5.1f} s  {_key(w.job)}  {_line(found)}", flush=True)
                 w.job = None
                 temporary = out.with_suffix(".tmp")
-                temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+                temporary.write_text(json.dumps(about | {"results": results}, indent=1, sort_keys=True) + "\n")
                 temporary.replace(out)
         multiprocessing.connection.wait([w.pipe for w in pool if w.job], timeout=0.2)
     for w in pool:
         w.stop()
     return results
+
+
+def origin(options: dict[str, Any]) -> dict[str, Any]:
+    """Device, versions and date, for the file of results."""
+    import torch
+
+    device = (
+        torch.cuda.get_device_name() if str(options["device"]).startswith("cuda") else f"cpu ({platform.machine()})"
+    )
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    return {"device": device, "versions": versions, "date": str(date.today()), "options": options}
 
 
 def _key(job: Any) -> str:

@@ -68,4 +68,4 @@ def _rows(name: str, by: dict[str, dict[str, list[str]]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(page(json.loads(Path(sys.argv[1]).read_text())))
+    Path(sys.argv[2]).write_text(page(json.loads(Path(sys.argv[1]).read_text())["results"]))
