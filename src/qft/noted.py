@@ -21,6 +21,7 @@ from torch import nn
 from qft import marks
 from qft.classifiers import noted_classes
 from qft.codes import codes_fingerprint
+from qft.errors import UnsupportedOperation
 
 NOTE = "qft.json"
 REWRITTEN = "of a rewritten base that is not stored here (see qft.json)"
@@ -123,6 +124,11 @@ def describe(config: Any, base: nn.Module) -> None:
         told[path] = _told(config, path)
     if all(f[0] == t[0] and math.isclose(f[1], t[1], rel_tol=1e-6) for f, t in zip(found.values(), told.values())):
         return
+    if any(name in module.lora_embedding_A for module in base.modules() if isinstance(module, LoraLayer)):
+        raise UnsupportedOperation(
+            f"adapter {name!r} was swapped for one of another rank or alpha, and it is on an embedding: load it with "
+            "model.load_adapter under its own name, and save that"
+        )
     ranks = {rank for rank, _ in found.values()}
     alphas = {path: _alpha(rank, scaling, config.use_rslora) for path, (rank, scaling) in found.items()}
     config.r = max(ranks)

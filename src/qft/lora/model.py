@@ -491,13 +491,14 @@ def check_tokens(model: nn.Module, config: Any) -> None:
     wanted = getattr(config, "trainable_token_indices", None)
     if not wanted:
         return
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = _input_embeddings(model)
     by_name = wanted if isinstance(wanted, dict) else {"": wanted}
     for name, indices in by_name.items():
         found = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}")] if name else [embedding]
         for module in found:
-            rows = getattr(getattr(module, "weight", None), "shape", (0,))[0]
-            _check_indices(indices, rows)
+            shape = getattr(getattr(module, "weight", None), "shape", None)
+            if shape:  # PEFT says what is wrong with a module that has no table of weights
+                _check_indices(indices, shape[0])
     taken = set(config.modules_to_save or ()) if getattr(config, "modules_to_save", None) else set()
     for name in {name.rpartition(".")[0] for pair in tied_pairs(model) for name in pair}:
         module = _submodule(model, name)
@@ -508,6 +509,13 @@ def check_tokens(model: nn.Module, config: Any) -> None:
                 f"{name} shares its weight with the embedding, whose tokens are trained by trainable_token_indices: put no "
                 f"other adapter on {name}, or train the embedding with target_modules or modules_to_save instead"
             )
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _check_indices(indices: Any, rows: int) -> None:
