@@ -23,7 +23,7 @@ from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_
 from qft.reading import check_model_config, check_model_folder
 from qft.registry import file_reader, folder_reader, quantizer_of
 from qft.saying import first_sentence
-from qft.selection import Selection, select, settle, target_weights
+from qft.selection import SKIPPED, Selection, select, settle, target_weights
 from qft.shard_index import read_weight_map
 
 TRIM_EVERY = 4 * 2**20
@@ -256,7 +256,8 @@ def load_quantized(
         raise BadFolder(f"cannot load a model from {path}: {first_sentence(error)}") from error
     except Exception as error:
         raise BadFolder(f"cannot load a model from {path}: {first_sentence(error)}") from error
-    check_finite(model)
+    left = {} if plan is None else plan.selection.left
+    check_finite(model, except_for={name for name, reason in left.items() if reason == SKIPPED})
     if plan is not None:
         plan.finish(model, info["missing_keys"])
     elif missing := info["missing_keys"] if source is None else _missing_codes(model, info["missing_keys"]):
@@ -268,11 +269,17 @@ def load_quantized(
     return model
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise `NonFiniteWeights` where a float weight outside of the quantized layers holds NaN or infinity."""
+def check_finite(model: nn.Module, except_for: Collection[str] = ()) -> None:
+    """Raise `NonFiniteWeights` where a float weight outside of the quantized layers holds NaN or infinity.
+
+    Args:
+        except_for: names of layers that the caller skipped, and answers for.
+    """
     packed = {id(p) for m in model.modules() if quantizer_of(m) is not None for p in m.parameters()}
     for name, weight in model.named_parameters():
         if weight.is_meta or not weight.is_floating_point() or weight.element_size() == 1 or id(weight) in packed:
+            continue
+        if name.rpartition(".")[0] in except_for:
             continue
         if not all(bool(part.isfinite().all()) for part in weight.detach().reshape(-1).split(CHECKED_AT_ONCE)):
             raise NonFiniteWeights(f"{name} holds NaN or infinity: repair the checkpoint")

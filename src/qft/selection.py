@@ -22,6 +22,7 @@ from qft.structure import heads, output_embeddings, routers
 
 KEPT = "the model keeps it in float32"
 READ = "its weight is read directly by"
+SKIPPED = "skipped by the caller"
 
 
 @dataclass
@@ -72,7 +73,7 @@ def select(
         if name in reasons:
             chosen.left[name] = reasons[name]
         elif skipped:
-            chosen.left[name] = "skipped by the caller"
+            chosen.left[name] = SKIPPED
         elif not is_float_linear(module):
             chosen.left[name] = f"a {type(module).__name__}, not a plain float linear"
         elif quantizer is None:
