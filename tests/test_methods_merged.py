@@ -165,3 +165,10 @@ def test_an_export_of_a_merged_model_is_what_runs(tmp_path):
     qft.merge(model)
     qft.export(model, tmp_path)
     assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["AdaLoRA", "RandLoRA"])
+def test_methods_whose_layers_look_like_loras_are_saved(tmp_path, method):
+    model = tuned("reference", method)
+    qft.save(model, tmp_path)
+    assert torch.equal(logits(qft.load(tmp_path, base=llama()).eval()), logits(model))

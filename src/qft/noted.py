@@ -13,7 +13,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -106,7 +106,7 @@ def describe(config: Any, base: nn.Module) -> None:
     """Have a LoRA config say the ranks and scalings that its layers have: a hot swap changes the layers alone."""
     configs = base.__dict__.get("peft_config") or {}
     name = next((n for n, known in configs.items() if known is config), None)
-    if name is None or not hasattr(config, "lora_alpha"):
+    if name is None or config.peft_type != PeftType.LORA:  # AdaLoRA's config is a subclass, and its ranks are its own
         return
     found: dict[str, tuple[int, float]] = {}
     told: dict[str, tuple[int, float]] = {}
