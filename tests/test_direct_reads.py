@@ -1,21 +1,26 @@
 """Layers whose weight the model's own code reads stay float and get no adapter."""
 
+import copy
+
 import pytest
 import torch
 from helpers import refuses
 from models import batch, llama, relative
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     WavLMConfig,
     WavLMForSequenceClassification,
 )
+from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 import qft
 from qft.direct_reads import direct_reads
@@ -122,3 +127,91 @@ def test_pytorchs_fused_kernels():
     assert {n for n, r in model._qft.left.items() if "read directly" in r} >= {"0.linear1", "0.linear2"}
     wrapped = qft.wrap(model, LoraConfig(r=2, target_modules="all-linear"))
     assert [n for n, m in wrapped.get_base_model().named_modules() if hasattr(m, "lora_A")] == ["1"]
+
+
+def rwkv(every=1):
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=96, hidden_size=64, attention_hidden_size=64, intermediate_size=128, num_hidden_layers=3, rescale_every=every
+    )  # fmt: skip
+    return RwkvForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("spec", ["nf4", "int8", "reference"])
+def test_weights_that_a_model_rescales_in_evaluation(tmp_path, spec):
+    assert {n.rpartition(".")[2] for n in direct_reads(rwkv())} == {"output", "value"} and not direct_reads(rwkv(0))
+    ids = batch(0, (2, 8))
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    wrapped = qft.quantize_and_wrap(rwkv(), spec, adapter=adapter, progress=False)
+    with torch.no_grad():
+        trained = wrapped.train()(ids, use_cache=False).logits
+        evaluated = wrapped.eval()(ids, use_cache=False).logits
+        assert relative(evaluated, trained) < 2e-3  # the float model's own difference is 8e-4
+        assert relative(qft.merge_to_float(wrapped)(ids, use_cache=False).logits, evaluated) < 1e-5
+        qft.save(wrapped, tmp_path, base=True)  # with weights that are rescaled at this moment
+        assert relative(wrapped(ids, use_cache=False).logits, evaluated) < 1e-6
+        assert relative(qft.load(tmp_path).eval()(ids, use_cache=False).logits, evaluated) < 1e-5
+
+
+class Inherits(WavLMAttention):
+    pass
+
+
+class Aliases(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in ("local", "passed", "named", "transposed", "called", "one", "two"):
+            setattr(self, name, nn.Linear(8, 8))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.pairs = nn.ModuleDict({"a": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = nn.functional.linear(x, layer.weight) * i
+        for _, layer in self.pairs.items():
+            x = x @ layer.weight
+        for called in (self.one, self.two):
+            x = called(x)
+        local, x = self.local, self.apply_to(x, self.passed)
+        x = x @ local.weight @ getattr(self, "named").weight  # noqa: B009
+        return self.called(x) @ self.transposed.weight.t().to(self.called.weight.dtype)
+
+    def apply_to(self, x, layer):
+        return x @ layer.weight
+
+
+def test_reads_through_other_names_and_inherited_methods():
+    assert set(direct_reads(nn.Sequential(Inherits(embed_dim=32, num_heads=2)))) == {
+        f"0.{n}_proj" for n in ("q", "k", "v", "out")
+    }
+    found = set(direct_reads(Aliases()))
+    assert found == {"layers.0", "layers.1", "pairs.a", "local", "passed", "named", "transposed"}
+
+
+def test_a_layer_kept_in_float32_that_is_read_gets_no_adapter():
+    class Keeps(Reader):
+        _keep_in_fp32_modules = ("first",)
+
+    model = qft.quantize(nn.Sequential(Keeps()), "reference", progress=False)
+    assert "read directly" in model._qft.left["0.first"]
+    wrapped = qft.wrap(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert [n for n, m in wrapped.get_base_model().named_modules() if hasattr(m, "lora_A")] == ["0.second", "0.inner.0"]
+
+
+NAMED = {
+    "lora": LoraConfig(r=2, target_modules=["q_proj", "intermediate_dense"]),
+    "oft": OFTConfig(oft_block_size=8, target_modules=["q_proj", "intermediate_dense"]),
+    "ia3": IA3Config(target_modules=["q_proj", "intermediate_dense"], feedforward_modules=[]),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("verb", [qft.wrap, get_peft_model])
+def test_other_methods_and_plain_peft_are_refused_by_name_too(kind, verb):
+    config = copy.deepcopy(NAMED[kind])
+    model = wavlm()
+    with refuses(BadOption, "q_proj", "never be called", model=model, outputs=False):
+        qft.quantize_and_wrap(model, "nf4", adapter=config, progress=False)
+    quantized = qft.quantize(model, "nf4", progress=False)
+    with refuses(BadOption, "q_proj", "never be called", model=quantized, outputs=False):
+        verb(quantized, config)

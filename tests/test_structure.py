@@ -11,6 +11,7 @@ from transformers import (
     ASTConfig,
     BertConfig,
     CLIPConfig,
+    EncoderDecoderConfig,
     FalconConfig,
     JetMoeConfig,
     NllbMoeConfig,
@@ -18,13 +19,14 @@ from transformers import (
     SiglipConfig,
     SwitchTransformersConfig,
     WhisperConfig,
+    ZayaConfig,
 )
 
 import qft
 from qft.backends.unquantized import computes_linear, is_float_linear
 from qft.registry import quantizer_of
 from qft.selection import default_skips
-from qft.structure import heads, routers
+from qft.structure import heads, routers, selectors
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
           "patch_size": 8}  # fmt: skip
@@ -160,3 +162,113 @@ def test_a_head_that_the_caller_names_may_still_be_adapted():
     assert hasattr(model.get_base_model().lm_head, "lora_A")
     with refuses(qft.BadOption, model=llama()):
         qft.quantize(llama(), {"lm_head2": "nf4", "*": "nf4"}, progress=False)
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+
+class Scorer(nn.Module):
+    """A router of two layers; with one output more than there are experts, for tokens that skip them."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(32, 16), nn.Linear(16, outputs)
+
+    def forward(self, x):
+        return self.out(self.hidden(x)).topk(2, dim=-1)
+
+
+class Attention(nn.Module):
+    """Its keys have as many features as there are experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.k_proj, self.o_proj = nn.Linear(32, 4), nn.Linear(4, 32)
+
+
+class Block(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.attention, self.scorer = Attention(), Scorer(outputs)
+        self.experts = nn.ModuleList(Expert() for _ in range(4))
+
+
+@pytest.mark.parametrize("outputs", [4, 5])
+def test_a_router_of_several_layers_and_its_neighbours(outputs):
+    assert routers(nn.Sequential(Block(outputs))) == {"0.scorer.hidden", "0.scorer.out"}
+    assert not routers(nn.Sequential(Block(7)))
+
+
+def test_all_layers_of_zayas_routers_are_left_alone():
+    with torch.device("meta"):
+        config = ZayaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_experts=4, num_attention_heads=4)
+        model = transformers.ZayaForCausalLM(config)
+    found = {n.split(".mlp.gate.")[1] for n in routers(model)}
+    assert found == {"down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj"}
+
+
+def test_heads_of_a_language_model_inside():
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**TEXT), BertConfig(**TEXT))
+    with torch.device("meta"):
+        model = transformers.EncoderDecoderModel(config)
+    assert set(heads(model)) == {"decoder.cls.predictions.transform.dense", "decoder.cls.predictions.decoder"}
+
+
+class Indexer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        scores = self.query(x) @ self.key(x).transpose(-1, -2)
+        return scores.topk(2, dim=-1).indices.to(torch.int32)
+
+
+class Gathers(Indexer):
+    def forward(self, x):
+        indices = self.query(x).topk(2, dim=-1).indices
+        return self.key(x).gather(-1, indices)
+
+
+class Sparse(nn.Module):
+    def __init__(self, indexer):
+        super().__init__()
+        self.indexer, self.value = indexer, nn.Linear(32, 32)
+
+
+def test_layers_that_only_select_tokens_get_no_adapter():
+    assert selectors(Sparse(Indexer())) == {"indexer.query", "indexer.key"}
+    assert not selectors(Sparse(Gathers()))
+    model = qft.quantize(Sparse(Indexer()), "reference", progress=False)
+    assert "only selects tokens" in model._qft.left["indexer.key"]
+    wrapped = qft.wrap(model, LoraConfig(r=4, target_modules="all-linear"))
+    assert [n for n, m in wrapped.get_base_model().named_modules() if hasattr(m, "lora_A")] == ["value"]
+
+
+def falcon():
+    return build(
+        "FalconForCausalLM",
+        lambda: FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bias=True),
+    )
+
+
+@pytest.mark.parametrize("spec", ["nf4", "fp4", "int8", "hqq:group_size=32", "reference"])
+def test_falcon_is_stored_and_trained_over_one_target(tmp_path, spec):
+    ids = batch(0, (2, 8)) % 64
+    adapter = LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
+    wrapped = qft.quantize_and_wrap(falcon(), spec, adapter=adapter, progress=False)
+    wrapped.train()(ids, labels=ids).loss.backward()  # Falcon changes outputs of layers without an adapter in place
+    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
+    wrapped.eval()
+    with torch.no_grad():
+        expected = wrapped(ids).logits
+        qft.save(wrapped, tmp_path / "adapter", base=True)
+        assert relative(qft.load(tmp_path / "adapter").eval()(ids).logits, expected) < 1e-5
+        quantized = qft.quantize(falcon(), spec, progress=False)
+        quantized.save_pretrained(tmp_path / "model")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+        bound = 0.03 if spec == "int8" else 1e-5  # the int8 kernels of bitsandbytes round the inputs, too
+        assert relative(loaded(ids).logits, quantized(ids).logits) < bound

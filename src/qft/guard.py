@@ -15,6 +15,7 @@ from torch import nn
 
 from qft import marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NoTargets, QftError
+from qft.selection import READ, default_skips
 
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, re.error)
 """What PEFT raises where a config does not fit a model."""
@@ -121,6 +122,21 @@ def check_names(model: nn.Module, adapter: PeftConfig) -> None:
     with refused_by_peft():
         if not any(check_target_module_exists(adapter, name) for name, _ in model.named_modules()):
             raise NoTargets(f"target_modules={names!r} matches nothing in this {type(model).__name__}")
+    check_called(model, adapter)
+
+
+def check_called(model: nn.Module, adapter: PeftConfig) -> None:
+    """Raise `BadOption` where an adapter names a linear layer whose weight the model's code reads without calling it."""
+    if not getattr(adapter, "target_modules", None) or adapter.target_modules == "all-linear":  # type: ignore[attr-defined]
+        return
+    for name, reason in default_skips(model).items():
+        if not reason.startswith(READ):
+            continue
+        hit = check_target_module_exists(adapter, name)
+        if hit and type(hit).__name__ != "_ExcludedModule":
+            raise BadOption(
+                f"target_modules takes in {name}, and {reason}: an adapter there would never be called; leave it out"
+            )
 
 
 def brief(error: object) -> str:

@@ -243,13 +243,19 @@ def describe_packed(layers: Iterable[tuple[str, nn.Module]]) -> QftConfig:
 def _as_packed(model: nn.Module) -> dict[str, nn.Module]:
     """The quantized layers of a model by their bare names, as packed modules where they have such a form.
 
-    Backends with layers of their own are asked for it in a model with packed experts, which their files cannot hold.
+    Backends with layers of their own are asked for it in a model with packed experts, which their files cannot hold, and
+    in one with subclasses of `nn.Linear`, which transformers does not replace when it loads those files.
     """
     layers = {n: m for n, m in bare_layers(model) if quantizer_of(m) is not None and not hasattr(m, "base_layer")}
-    if not any(isinstance(m, PackedExperts) for m in layers.values()):
+    if not any(_only_ours(m) for m in layers.values()):
         return layers
     packed = {n: m if isinstance(m, PackedModule) else quantizer_of(m).as_packed(m) for n, m in layers.items()}
     return {n: m if m is not None else layers[n] for n, m in packed.items()}
+
+
+def _only_ours(module: nn.Module) -> bool:
+    """Whether transformers' loaders of a backend's own format have no place for this quantized module."""
+    return isinstance(module, PackedExperts) or getattr(module, "of_subclass", False)
 
 
 def _store_packed(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -279,12 +285,27 @@ def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Te
         if bare is not None:
             last = key.removeprefix(f"{prefix}.") if prefix else key
             state[f"{bare}.{last}" if bare else last] = value
+    _undo_rescaling(base, state)
     if stored:
         for name, module in bare_layers(base):
             names = module.quantizer.stored_names if isinstance(module, PackedLinear) else {}
             for ours, theirs in names.items():
                 state[f"{name}.{theirs}"] = state.pop(f"{name}.{ours}")
     return state
+
+
+def _undo_rescaling(base: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give the tensors of RWKV as they are in training: its model divides weights in place in evaluation, and a model that
+    is loaded would divide them again. The factors are powers of two, so nothing is lost."""
+    for name, module in bare_layers(base):
+        every = getattr(getattr(module, "config", None), "rescale_every", 0)
+        if not hasattr(module, "_rescale_layers") or not getattr(module, "layers_are_rescaled", False) or not every:
+            continue
+        for i in range(len(module.blocks)):  # type: ignore[arg-type]
+            for layer in ("attention.output", "feed_forward.value"):
+                key = ".".join(filter(None, (name, "blocks", str(i), layer, "weight")))
+                if key in state and i // every:
+                    state[key] = state[key] * 2 ** (i // every)
 
 
 def _bare_prefixes(base: nn.Module) -> dict[str, str | None]:
@@ -345,7 +366,7 @@ def mark_for_transformers(model: nn.Module, record: marks.Record) -> None:
         and m.quantizer.transformers_reads((m.out_features, m.in_features))
         for m in layers
     )
-    fits = fits and not any(isinstance(m, PackedExperts) for m in model.modules())
+    fits = fits and not any(_only_ours(m) for m in model.modules())
     if len(quantizers) == 1 and fits:  # the backend's own format, where it has one that others read
         described = quantizers[0].transformers_config_for(
             [n for n, m in bare_layers(model) if quantizer_of(m) is not None],

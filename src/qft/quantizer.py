@@ -561,8 +561,15 @@ def float_weight(layer: nn.Module) -> Tensor:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the submodule `name`, with its training mode."""
+    """Put `new` in the place of the submodule `name`, with its training mode.
+
+    A layer that replaces a subclass of `nn.Linear` gets the mark `of_subclass`: transformers' own loaders of quantized
+    formats replace `nn.Linear` itself alone, and would read codes into the subclass.
+    """
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    new.train(getattr(parent, child).training)
+    old = getattr(parent, child)
+    new.train(old.training)
+    if isinstance(old, nn.Linear) and type(old).__module__.startswith("transformers."):
+        new.of_subclass = True
     setattr(parent, child, new)

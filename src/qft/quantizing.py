@@ -65,8 +65,9 @@ def quantize(
         calibration: data for quantizers that need it.
         tokenizer: for calibration texts.
         skip: further modules to leave, as a regular expression for the whole name or a list of names. Output heads,
-            tied weights, routers and what the model keeps in float32 are always left. Fused experts go by the name of their
-            parameter or module.
+            tied weights, routers and what the model keeps in float32 are always left. So are layers whose weight the
+            model's code reads without calling them, and layers that only select tokens: an adapter there would learn
+            nothing. Fused experts go by the name of their parameter or module.
         device: None leaves a model where it is, and puts a path on the accelerator where there is one.
         progress: show a progress bar and a summary on stderr.
         **load_options: for a path, passed to `from_pretrained` (`dtype`, `revision`, `trust_remote_code`, ...).

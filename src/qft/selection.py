@@ -18,7 +18,7 @@ from qft.direct_reads import direct_reads
 from qft.errors import BadOption, NoTargets
 from qft.experts import as_stack, fused_parameters
 from qft.quantizer import Quantizer, float_weight, is_conv1d
-from qft.structure import heads, output_embeddings, routers
+from qft.structure import heads, output_embeddings, routers, selectors
 
 KEPT = "the model keeps it in float32"
 READ = "its weight is read directly by"
@@ -158,7 +158,7 @@ def default_skips(model: nn.Module) -> dict[str, str]:
     keys = getattr(model, "all_tied_weights_keys", None) or {}
     tied |= set(keys) | set(keys.values())
 
-    outputs, gates, read = heads(model), routers(model), direct_reads(model)
+    outputs, gates, chosen, read = heads(model), routers(model), selectors(model), direct_reads(model)
     keep = _kept_in_float32(model)
     for name, module in modules.items():
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
@@ -170,12 +170,14 @@ def default_skips(model: nn.Module) -> dict[str, str]:
             reasons[name] = outputs[name]
         elif name in gates:
             reasons[name] = "a router"
-        elif any(re.search(rf"(^|\.){k}(\.|$)", name) for k in keep):
-            reasons[name] = KEPT
+        elif name in chosen:
+            reasons[name] = "its result only selects tokens, so no gradient reaches it"
         elif name in read:
             reasons[name] = f"{READ} {read[name]}"
         elif isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
             reasons[name] = f"{READ} PyTorch's fused kernels"
+        elif any(re.search(rf"(^|\.){k}(\.|$)", name) for k in keep):
+            reasons[name] = KEPT
     return reasons
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from qft.quantizer import is_conv1d
+from qft.selectors import returns_indices, selects
 
 _GATES = frozenset({"gate", "router", "shared_expert_gate"})
 """Names of routers next to experts, where the number of experts cannot be read off the model."""
@@ -20,6 +21,15 @@ def heads(model: nn.Module) -> dict[str, str]:
     These are the output embeddings; what stands outside the base model that the class names; and of a model that does not
     generate, such as a classifier, what stands outside its base models, or where it has none, in its last module.
     """
+    found = _own_heads(model)
+    for name, module in model.named_modules():
+        if name and hasattr(module, "config") and output_embeddings(module) is not None:  # a language model inside
+            for inner, reason in _own_heads(module).items():
+                found.setdefault(f"{name}.{inner}", reason)
+    return found
+
+
+def _own_heads(model: nn.Module) -> dict[str, str]:
     found = {}
     output = output_embeddings(model)
     prefix = _base_prefix(model)
@@ -48,27 +58,54 @@ def routers(model: nn.Module) -> set[str]:
     """Names of the linear layers whose outputs select or weigh experts.
 
     A router stands in a module that also holds experts, outside of them, and has an output for each expert; a gate with a
-    single output weighs an expert that all tokens share.
+    single output weighs an expert that all tokens share. Of a router of several layers, all are found.
     """
     found = set()
     modules = dict(model.named_modules())
     for parent_name, experts_name, count in _expert_groups(model, modules):
-        parent = modules[parent_name]
         prefix = f"{parent_name}." if parent_name else ""
-        for name, module in parent.named_modules():
+        for name, child in modules[parent_name].named_children():
             full = prefix + name
-            within = name.split(".")[:-1]
-            if (
-                not _is_linear(module)
-                or f"{full}.".startswith(f"{experts_name}.")
-                or any("expert" in k for k in within)
-            ):
+            if full == experts_name:
                 continue
-            size = module.nf if is_conv1d(module) else module.out_features
-            direct = "." not in name
-            if size in count or (direct and (size == 1 or name in _GATES)):
+            if not _is_linear(child):
+                found |= {f"{full}.{n}" for n in _router_layers(child, count) if "expert" not in name}
+            elif _outputs(child) in count or _outputs(child) == 1 or name in _GATES:
                 found.add(full)
     return found
+
+
+def selectors(model: nn.Module) -> set[str]:
+    """Names of the linear layers in modules that return indices alone, such as the indexers of sparse attention.
+
+    No gradient passes through an index, so an adapter there would never learn.
+    """
+    found = set()
+    for name, module in model.named_modules():
+        if name and returns_indices(type(module)):
+            found |= {f"{name}.{n}" for n, m in module.named_modules() if _is_linear(m)}
+    return found
+
+
+def _router_layers(module: nn.Module, count: set[int]) -> list[str]:
+    """The linear layers of a module next to experts: all where it is a router, those that are routers in it, or none."""
+    layers = [
+        n for n, m in module.named_modules() if _is_linear(m) and not any("expert" in k for k in n.split(".")[:-1])
+    ]
+    if not layers:
+        return []
+    last = _outputs(module.get_submodule(layers[-1]))
+    if last in count or (
+        last - 1 in count and selects(type(module))
+    ):  # one more output: of tokens that skip the experts
+        return layers
+    siblings = Counter(n.rpartition(".")[0] for n in layers)
+    alone = [n for n in layers if siblings[n.rpartition(".")[0]] == 1]
+    return [n for n in alone if _outputs(module.get_submodule(n)) in count]
+
+
+def _outputs(layer: nn.Module) -> int:
+    return int(layer.nf if is_conv1d(layer) else layer.out_features)  # type: ignore[arg-type]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch import nn
 from qft.backends.unquantized import is_float_linear
 from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOperation
 from qft.experts import PackedExperts, as_stack, fused_parameters, packed_weights
-from qft.guard import as_it_was
+from qft.guard import as_it_was, check_called
 from qft.lora.exact import merge_exactly
 from qft.lora.experts import QftExperts, adaptable, chain, matches
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
@@ -30,7 +30,7 @@ from qft.marks import record_of
 from qft.noted import noted
 from qft.quiet import quiet_imports
 from qft.registry import quantizer_of
-from qft.selection import READ, default_skips, linear_targets
+from qft.selection import linear_targets
 from qft.ties import check_parting, check_shared_modules, is_tied, settle_tie, tied_pairs
 
 KEPT_INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -88,6 +88,8 @@ class QftLoraModel(LoraModel):
             check_tokens(model, config)
             if config.target_modules == "all-linear":
                 config.target_modules = set(all_linear(model, config))
+            elif not config.inference_mode:  # an adapter that was trained elsewhere computes here what it did there
+                check_called(model, config)
             check_groups(model, config)
         with quiet_imports():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -610,7 +612,6 @@ def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
         excluded.target_modules = set(names)
         config = excluded
     found, other = {}, 0
-    unread = {n: reason for n, reason in default_skips(model).items() if reason.startswith(READ)}
     for name, module in model.named_modules():
         try:
             hit = check_target_module_exists(config, name)
@@ -626,15 +627,12 @@ def targeted(model: nn.Module, config: LoraConfig) -> dict[str, int]:
                 )
             other += 1
             continue
-        if name in unread:
-            raise BadOption(
-                f"target_modules takes in {name}, and {unread[name]}: an adapter there would never be called; leave it out"
-            )
         rank = _rank_of(config, name)
         shape = _shape(module)
         if rank > min(shape):
             raise BadShape(f"rank {rank} is larger than {name}, whose weight is {shape[0]} × {shape[1]}")
         found[name] = rank
+    check_called(model, config)
     if config.target_parameters:
         found |= _targeted_parameters(model, config)
     elif not found and not other:

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from qft.errors import BadOption, UnsupportedOperation
-from qft.guard import as_it_was
+from qft.guard import as_it_was, check_called
 from qft.lora.exact import merge_exactly
 from qft.lora.layer import DequantizedForward
 from qft.lora.model import _quantized, all_or_nothing, check_saved_modules, note_configs, warn_of_loss
@@ -108,6 +108,8 @@ class OverQuantized(BaseTuner):
         record = record_of(model)
         if record is None:
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not self.peft_config[adapter_name].inference_mode:
+            check_called(model, self.peft_config[adapter_name])
         native = record.forward == "native"
         with as_it_was(model), quiet_imports(), shown_as_linears(model, native):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
