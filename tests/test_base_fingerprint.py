@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers import refuses
-from models import batch, llama, logits, relative
+from models import batch, llama, logits, qwen3_moe, relative
 from peft import LoraConfig
 
 import qft
@@ -128,3 +128,64 @@ def test_another_models_state_is_loaded_with_its_scales_or_refused(spec, strict)
         assert torch.equal(logits(one), logits(quantized(spec)))
         return
     assert relative(logits(one), expected) < 1e-6
+
+
+STATES = [
+    ("nf4:block_size=64", "nf4:block_size=128"),  # blocks that cross rows
+    ("nf4", "fp4"),
+    ("nf4:double_quant=true", "nf4:double_quant=false"),
+    ("int8", "int8"),
+]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("spec, of", STATES)
+def test_a_model_that_ran_takes_over_a_state(spec, of, assign):
+    one, other = quantized(spec), qft.quantize(llama(seed=7), of, progress=False)
+    logits(one)
+    expected = logits(other)
+    one.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(logits(one), expected)
+
+
+@pytest.mark.parametrize("spec", ["nf4", "int8"])
+def test_codes_without_scales_and_floats_are_refused(spec):
+    one, other = quantized(spec), qft.quantize(llama(seed=7), spec, progress=False)
+    layer, source = (m.get_submodule("model.layers.0.self_attn.q_proj") for m in (one, other))
+    before = one.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
+    for state in ({"weight": source.state_dict()["weight"]}, {"weight": torch.randn(layer.weight.shape)}):
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match="scales"):
+                layer.load_state_dict(state, strict=strict)
+            assert torch.equal(layer.state_dict()["weight"], before)
+
+
+def test_experts_count(tmp_path):
+    target = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+
+    def tuned():
+        model = qft.quantize_and_wrap(qwen3_moe(), "reference", adapter=copy.deepcopy(target), progress=False).eval()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn_like(p))
+        return model
+
+    model = tuned()
+    qft.save(model, tmp_path)
+    assert torch.equal(logits(qft.load(tmp_path, base=qwen3_moe())), logits(model))
+    with pytest.warns(qft.QftWarning, match="survived"):
+        merged = tuned().merge_and_unload()
+    with refuses(AdapterMismatch, "merged into it", model=merged):
+        qft.load(tmp_path, base=merged)
+
+
+@pytest.mark.parametrize("expert", range(4))
+def test_one_changed_expert_is_seen(expert):
+    one = qft.quantize(qwen3_moe(), "reference", progress=False)
+    before = codes_fingerprint(one)
+    stack = one.get_submodule("model.layers.1.mlp.experts.down_proj")
+    codes = stack.packed["qweight"].data
+    codes[expert] = codes[expert].flip(0)
+    assert codes_difference(before, codes_fingerprint(one)) > 0.01

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from models import batch, bert, llama, logits, qwen3_moe, relative, vit
-from peft import LoraConfig, OFTConfig, VeraConfig
+from peft import LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import qft
@@ -95,3 +95,28 @@ def test_the_gradients_of_the_inputs_are_switched_off_again():
     assert len(embedding._forward_hooks) == 1
     model.disable_input_require_grads()
     assert not embedding(ids).requires_grad
+
+
+@pytest.mark.parametrize(
+    "spec", ["gptq:group_size=32", "awq:group_size=32", "gguf", "inc", "sinq:group_size=32", "bitnet"]
+)
+def test_further_backends(spec):
+    options = {"calibration": [batch(i, (8, 32)) for i in range(2)]} if qft.capabilities(spec).needs_calibration else {}
+    base = qft.quantize(llama(), spec, progress=False, **options)
+    model = qft.wrap(base, LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_input_gradients_asked_for_without_preparing(before):
+    base = qft.quantize(llama(), "reference", progress=False)
+    if before:
+        base.enable_input_require_grads()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    twin = pickle.loads(pickle.dumps(model))
+    ids = batch(0, (2, 8))
+    twin.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+    assert torch.equal(logits(twin.eval()), logits(model.eval()))

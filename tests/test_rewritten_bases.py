@@ -3,13 +3,15 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
 from helpers import refuses
-from models import batch, llama, logits, relative
+from models import batch, llama, logits, qwen3_moe, relative
 from peft import LoraConfig, PeftModel
-from transformers import Trainer, TrainingArguments
+from peft.helpers import rescale_adapter_scale
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import qft
 from qft.errors import AdapterMismatch, BadOption, UnsupportedOperation
@@ -176,3 +178,112 @@ def test_an_unknown_init_is_still_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
     with pytest.raises((UnsupportedOperation, BadOption), match="rewrote"):
         qft.load(tmp_path, base=llama())
+
+
+def with_second(init="pissa", **options):
+    model = wrapped(init, **options)
+    model.add_adapter("second", config())
+    model.set_adapter("second")
+    return model
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        qft.merge,
+        qft.merge_to_float,
+        lambda m: m.merge_and_unload(adapter_names=["second"]),
+        lambda m: m.merge_adapter(["second"]),
+    ],
+    ids=["merge", "merge_to_float", "merge_and_unload", "merge_adapter"],
+)
+@pytest.mark.parametrize("init", INITS)
+def test_a_residual_is_not_merged_without_its_adapter(init, merge):
+    model = with_second(init)
+    with refuses(UnsupportedOperation, "residual", model=model, outputs=False):
+        merge(model)
+    model.set_adapter("default")
+    expected = logits(model)
+    assert relative(logits(qft.merge_to_float(model)), expected) < 1e-5
+
+
+def test_the_adapter_of_a_residual_keeps_its_scaling():
+    model = wrapped()
+    expected = logits(model)
+    with pytest.raises(UnsupportedOperation, match="residual"), rescale_adapter_scale(model, 0.5):
+        logits(model)
+    assert torch.equal(logits(model), expected)
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(2.0)
+    for use in (logits, qft.merge, qft.merge_to_float):
+        with pytest.raises(UnsupportedOperation, match="residual"):
+            use(model)
+
+
+def test_experts_are_not_used_as_residuals():
+    target = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    model = qft.quantize_and_wrap(qwen3_moe(), "reference", adapter=target, init="pissa", progress=False).eval()
+    expected = logits(model)
+    model.add_adapter("second", copy.deepcopy(target))
+    model.set_adapter("second")
+    with pytest.raises(UnsupportedOperation, match="residual"):
+        logits(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_the_rewritten_base_itself_is_accepted_from_files(tmp_path, as_module):
+    model = tuned("pissa", "nf4")
+    expected = logits(model)
+    qft.save(model, tmp_path / "both")
+    by_peft(model, tmp_path / "adapter")
+    base = tmp_path / "both" / "base"
+    if as_module:
+        base = AutoModelForCausalLM.from_pretrained(base).eval()
+    again = qft.load(tmp_path / "adapter", base=base)
+    assert torch.equal(logits(again), expected)
+    with pytest.raises(UnsupportedOperation, match="residual"), again.disable_adapter():
+        logits(again)
+    by_peft(again, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "qft.json").read_text())["base_changed"]
+
+
+def test_a_second_adapter_over_a_residual_is_not_loaded_alone(tmp_path):
+    model = with_second()
+    qft.save(model, tmp_path / "both")
+    by_peft(model, tmp_path / "peft")
+    for folder in (tmp_path / "both" / "second", tmp_path / "peft" / "second"):
+        with refuses(AdapterMismatch, "next to adapter 'default'"):
+            qft.load(folder, base=tmp_path / "both" / "base")
+    model.set_adapter("default")
+    again = qft.load(tmp_path / "both")
+    again.set_adapter("default")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_pefts_conversion_of_a_rewritten_base_is_refused(tmp_path):
+    model = wrapped()
+    by_peft(model, tmp_path / "start")
+    with refuses(UnsupportedOperation, "qft.transfer", model=model):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+
+def test_an_adapter_of_a_rewritten_base_is_not_added_to_another_model(tmp_path):
+    by_peft(tuned(), tmp_path)
+    other = tuned(None)
+    with refuses(BadOption, "rewritten base", "qft.load", model=other):
+        other.load_adapter(str(tmp_path), "second")
+    assert list(other.peft_config) == ["default"]
+
+
+def test_an_adapter_saved_while_it_is_merged_belongs_to_the_unmerged_base(tmp_path):
+    model = tuned(None)
+    expected = logits(model)
+    qft.merge(model)
+    by_peft(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", qft.QftWarning)
+        again = qft.load(tmp_path, base=llama())
+    assert torch.equal(logits(again), expected)

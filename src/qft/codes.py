@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qft.experts import PackedExperts
-from qft.quantizer import Quantizer
+from qft.experts import PackedExperts, packed_weights
+from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
 
 PROJECTIONS = 16
 LAYERS = 64
+EXPERTS = 4
 ALL_BELOW = 10**9
-"""Weights in all below which every layer is read; of larger models 64 layers are."""
+"""Weights in all below which every layer is read; of larger models 64 layers are, and 4 experts of a fused weight."""
 
 
 def codes_fingerprint(base: nn.Module) -> dict[str, list[float]]:
@@ -30,12 +32,11 @@ def codes_fingerprint(base: nn.Module) -> dict[str, list[float]]:
         Layer name, without adapters → 17 floats. Layers that cannot be dequantized are left out.
     """
     found = _layers(base)
+    experts = None
     if sum(math.prod(handle.shape) for _, handle in found.values()) > ALL_BELOW:
         names = sorted(found, key=lambda name: zlib.crc32(name.encode()))[:LAYERS]
-        found = {name: found[name] for name in names}
-    entries = {
-        name: _entry(quantizer.dequantize(handle, dtype=torch.float32)) for name, (quantizer, handle) in found.items()
-    }
+        found, experts = {name: found[name] for name in names}, EXPERTS
+    entries = {name: _entry(quantizer, handle, experts) for name, (quantizer, handle) in found.items()}
     if not entries:
         return {}
     device = next(iter(entries.values())).device
@@ -58,7 +59,9 @@ def codes_difference(one: Mapping[str, list[float]], other: Mapping[str, list[fl
 def _layers(base: nn.Module) -> dict[str, tuple[Quantizer, Any]]:
     from qft.hf import bare_layers
 
-    found: dict[str, tuple[Quantizer, Any]] = {}
+    found: dict[str, tuple[Quantizer, Any]] = {
+        name: (stack.quantizer, stack.handle) for name, stack in packed_weights(base)
+    }
     for name, module in bare_layers(base):
         quantizer = quantizer_of(module)
         if quantizer is None or not quantizer.capabilities.dequantize or isinstance(module, PackedExperts):
@@ -68,13 +71,28 @@ def _layers(base: nn.Module) -> dict[str, tuple[Quantizer, Any]]:
     return found
 
 
-def _entry(weight: Tensor) -> Tensor:
+def _entry(quantizer: Quantizer, handle: QuantizedWeight, experts: int | None) -> Tensor:
+    """‖Ŵ‖ and the projections of a weight, float32; of a fused weight, of `experts` of its experts or of all."""
+    if len(handle.shape) == 2:
+        return _projected(quantizer.dequantize(handle, dtype=torch.float32))
+    count = handle.shape[0]
+    chosen = range(0, count, -(-count // (experts or count)))
+    parts = []
+    for i in chosen:  # one at a time, to keep the floats of one expert in memory
+        index = torch.tensor([i], device=handle.module.device)
+        parts.append(_projected(handle.module.unpacked(torch.float32, experts=index)[0], expert=i))
+    stacked = torch.stack(parts)
+    return torch.cat([stacked[:, :1].norm()[None], stacked[:, 1:].sum(0)])
+
+
+def _projected(weight: Tensor, expert: int = 0) -> Tensor:
     """‖W‖ and the projections of a weight (out_features, in_features), float32."""
     out_features, in_features = weight.shape
-    left, right = _signs(out_features, 1, weight.device), _signs(in_features, 2, weight.device)
+    left, right = _signs(out_features, 1 + 2 * expert, weight.device), _signs(in_features, 2, weight.device)
     return torch.cat([weight.norm()[None], ((left @ weight) * right).sum(1)])
 
 
+@lru_cache(maxsize=8)
 def _signs(size: int, seed: int, device: torch.device) -> Tensor:
     """Fixed signs, (16, size), float32."""
     generator = torch.Generator().manual_seed(seed)

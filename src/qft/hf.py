@@ -548,5 +548,9 @@ def _conv1d_names(model: nn.Module) -> set[str]:
 
 def mark(model: nn.Module, record: marks.Record) -> None:
     """Write the note, and give the model transformers' own marks."""
+    from qft.preparing import EnableInputs
+
     model.__dict__["_qft"] = record
     mark_for_transformers(model, record)
+    if hasattr(model, "enable_input_require_grads"):
+        EnableInputs(model).put_on()

@@ -182,6 +182,9 @@ def require_float_merge(model: nn.Module) -> None:
         _require_weights(model, other)
     elif hasattr(model, "peft_config"):
         _require_adapters(model)
+    for name, layer in _layers(model):
+        with about(name):
+            layer.check_complete(() if layer.disable_adapters else _taken(layer), "left out of a merge")
 
 
 def _require_weights(model: nn.Module, method: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -52,7 +53,8 @@ def note_of(record: marks.Record, base: nn.Module | None, stores_base: bool) -> 
         "fingerprint": {
             n: [list(shape), [float(f"{v:.6g}") for v in values]] for n, (shape, values) in record.fingerprint.items()
         },
-        "codes": {} if base is None else codes_fingerprint(base),
+        "rewritten_by": None if base is None else _rewritten_by(base),
+        "codes": {} if base is None or _merged(base) else codes_fingerprint(base),
         **({} if base is None else noted_classes(base)),
     }
 
@@ -70,7 +72,10 @@ class Noted:
         if record is None:
             return
         folder = Path(save_directory)
-        (folder / NOTE).write_text(json.dumps(note_of(record, base, stores_base=False), indent=1))
+        note = note_of(record, base, stores_base=False)
+        if (name := _name_of(self, base)) is not None:
+            note["name"] = name
+        (folder / NOTE).write_text(json.dumps(note, indent=1))
         if record.base_changed:
             mark_rewritten(folder, True)
 
@@ -102,10 +107,25 @@ def noted(config: PeftConfig, base: nn.Module) -> PeftConfig:
     return twin
 
 
+def _rewritten_by(base: nn.Module) -> str | None:
+    """The adapter whose init rewrote the base."""
+    return next((by for m in base.modules() if (by := m.__dict__.get("rewritten_by")) is not None), None)
+
+
+def _merged(base: nn.Module) -> bool:
+    """Whether adapters are merged in place, so that the codes are not those that the adapters belong to."""
+    return any(isinstance(m, BaseTunerLayer) and m.merged for m in base.modules())
+
+
+def _name_of(config: Any, base: nn.Module) -> str | None:
+    """The name of the adapter that a config describes."""
+    configs = base.__dict__.get("peft_config") or {}
+    return next((name for name, known in configs.items() if known is config), None)
+
+
 def describe(config: Any, base: nn.Module) -> None:
     """Have a LoRA config say the ranks and scalings that its layers have: a hot swap changes the layers alone."""
-    configs = base.__dict__.get("peft_config") or {}
-    name = next((n for n, known in configs.items() if known is config), None)
+    name = _name_of(config, base)
     if name is None or config.peft_type != PeftType.LORA:  # AdaLoRA's config is a subclass, and its ranks are its own
         return
     found: dict[str, tuple[int, float]] = {}

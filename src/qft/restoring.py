@@ -134,15 +134,19 @@ def load_adapter(
             if record.forward == "dequantize":
                 DequantizedForward.put_on(model)
             if note is not None and note["base_changed"] and not record.base_changed:
-                restore_base(model, folder / "base", record)
-                record.merged = note["base_merged"]
+                if note["base_stored"]:
+                    restore_base(model, folder / "base", record)
+                record.base_changed, record.merged = (
+                    True,
+                    note["base_merged"],
+                )  # else its codes are known to be the same
     except BaseException:
         record.forward = before
         raise
     if note is not None:
         record.init = note.get("init")
         if note["base_changed"] and not note["base_merged"]:
-            _mark_residuals(peft_model)
+            _mark_residuals(peft_model, note["rewritten_by"] if note["name"] is None else name)
     return peft_model
 
 
@@ -170,11 +174,19 @@ def _load_others(model: PeftModel, folder: Path, note: dict[str, Any] | None, is
         model.set_adapter(active[0], inference_mode=not is_trainable)
 
 
-def _mark_residuals(model: nn.Module) -> None:
-    """Note on each layer that its base weight is a residual without the adapter whose init rewrote it."""
+def _mark_residuals(model: nn.Module, adapter: str | None) -> None:
+    """Note on each layer that its base weight is a residual without the adapter whose init rewrote it.
+
+    Args:
+        adapter: None where an older note does not name it: then the one whose start is known.
+    """
     for module in marks.base_model(model).modules():
-        if isinstance(module, Merging) and module.starts:
-            module.rewritten_by = next(iter(module.starts))
+        if not isinstance(module, Merging):
+            continue
+        if adapter is None and module.starts:
+            module.mark_residual(next(iter(module.starts)))
+        elif adapter is not None and adapter in module.lora_A:
+            module.mark_residual(adapter)
 
 
 def check_codes(folder: Path, note: dict[str, Any], model: nn.Module, record: marks.Record) -> None:
@@ -186,6 +198,11 @@ def check_codes(folder: Path, note: dict[str, Any], model: nn.Module, record: ma
     Warns:
         QftWarning: other codes of the same weights, with the measured difference.
     """
+    if note["name"] is not None and note["rewritten_by"] not in (None, note["name"]):
+        raise AdapterMismatch(
+            f"this adapter was trained next to adapter {note['rewritten_by']!r}, whose init rewrote the base and without which "
+            "the base is a residual: save both with qft.save, and load that folder"
+        )
     if note["base_changed"] and not record.base_changed and note["base_stored"]:
         return  # the stored base is put over this one
     difference = codes_difference(note["codes"], codes_fingerprint(marks.base_model(model))) if note["codes"] else 0.0

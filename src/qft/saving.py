@@ -190,6 +190,9 @@ def read_note(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         note["codes"] = {str(n): [float(x) for x in v] for n, v in note.get("codes", {}).items()}
         note["adapters"] = {str(n): _inside(place) for n, place in note.get("adapters", {"default": "."}).items()}
         note["active"] = [n for n in note.get("active", list(note["adapters"])[:1]) if n in note["adapters"]]
+        for key in ("rewritten_by", "name"):
+            if not isinstance(note.setdefault(key, None), str | None):
+                raise TypeError(f"{key} is {note[key]!r}")
         for flag in ("base_stored", "base_changed", "base_merged"):
             if not isinstance(note[flag], bool):
                 raise TypeError(f"{flag} is {note[flag]!r}")

@@ -287,6 +287,7 @@ class BitsAndBytes4bit(_BitsAndBytes):
         module.weight = bnb.nn.Params4bit.from_prequantized(
             state["weight"], stats, device=module.weight.device, module=module
         )
+        _guard(module)  # blocks of another size may cross rows
 
     @staticmethod
     def _set(module: nn.Module, data: Tensor, state: Any) -> None:
@@ -363,6 +364,9 @@ class BitsAndBytes8bit(_BitsAndBytes):
             return None
         return cls(threshold=module.state.threshold)
 
+    def adopt(self, module: nn.Module) -> None:
+        _load_scales_too(module)
+
     def quantize_layer(self, module: nn.Module, *, statistics: Any = None) -> nn.Module:
         import bitsandbytes as bnb
 
@@ -373,6 +377,7 @@ class BitsAndBytes8bit(_BitsAndBytes):
         )
         layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale)
         layer.qft_dtype = weight.dtype
+        _load_scales_too(layer)
         return layer
 
     @staticmethod
@@ -489,24 +494,38 @@ def _load_scales_too(module: nn.Module) -> None:
 
 
 class _LoadScales:
-    """A hook of `load_state_dict`: bitsandbytes' 4-bit layer takes over the codes alone and keeps its old scales."""
+    """A hook of `load_state_dict`, which hands codes and scales to the quantizer.
+
+    bitsandbytes' 4-bit layer takes over the codes alone and keeps its old scales. Its 8-bit layer keeps them too where the
+    state dict has none, cannot load after its first forward pass, and is broken by `assign=True`.
+    """
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         codes, errors = state.get(f"{prefix}weight"), args[-1]
-        scales = {k: state.pop(k) for k in list(state) if k.startswith(f"{prefix}weight.")}
-        if codes is None or codes.shape != module.weight.shape or codes.dtype != module.weight.dtype:
+        found = (k for k in list(state) if k.startswith(f"{prefix}weight."))
+        own = [*found, *(k for k in (f"{prefix}SCB", f"{prefix}weight_format") if k in state)]
+        scales = {k.removeprefix(prefix): state.pop(k) for k in own}
+        if codes is None or codes.shape != module.weight.shape:
             return  # torch says what differs; the layer is left alone
-        if not scales and torch.equal(codes.to(module.weight.device), module.weight):
+        same = codes.dtype == module.weight.dtype
+        if same and not scales and torch.equal(codes.to(module.weight.device), module.weight):
             return
-        if not scales:
+        quantizer = BitsAndBytes4bit.recognise(module) or BitsAndBytes8bit.recognise(module)
+        if quantizer is None or not same or not _complete(quantizer, scales, module):
             errors.append(
-                f"{prefix}weight holds 4-bit codes without their scales: load the state dict of a quantized model"
+                f"{prefix}weight is not codes with fitting scales: load the state dict of a model quantized alike"
             )
+            state[f"{prefix}weight"] = module.weight  # for torch to leave the codes alone
             return
-        quantizer = BitsAndBytes4bit.recognise(module)
-        assert quantizer is not None
-        own = {k.removeprefix(prefix): v for k, v in scales.items()}
-        quantizer.load_state(quantizer.weights(module)[0], {"weight": codes, **own})
+        quantizer.load_state(quantizer.weights(module)[0], {"weight": codes, **scales})
+        state[f"{prefix}weight"] = module.weight  # with `assign=True` torch would put in a plain parameter
+
+
+def _complete(quantizer: Quantizer, scales: Mapping[str, Any], module: nn.Module) -> bool:
+    """Whether these scales are those of the layer's codes."""
+    if isinstance(quantizer, BitsAndBytes8bit):
+        return "SCB" in scales and scales["SCB"].numel() == module.out_features
+    return any("quant_state" in key for key in scales) and "weight.absmax" in scales
 
 
 @lru_cache

@@ -256,7 +256,7 @@ class InitRun:
                 target[adapter_name].weight.data.copy_(value)
             module.starts[adapter_name] = (a, b)
             if self.base_changed:
-                module.rewritten_by = adapter_name
+                module.mark_residual(adapter_name)
             if adapter_name in module.lora_variant:  # DoRA: the magnitude is that of the weight it starts from
                 delta = (b @ a) * module.scaling[adapter_name]
                 start = module.quantizer.dequantize(module.handle, dtype=torch.float32)

@@ -67,6 +67,7 @@ class QftExperts(Merging, ParamWrapper):
                 "fused experts take one set of adapters for a whole batch: adapter_names= (mixed batches) does not go "
                 "together with target_parameters"
             )
+        self.check_complete(() if self.disable_adapters else self.merged_adapters or self.active_adapters)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.merged:

@@ -66,11 +66,13 @@ class Merging:
         starts: adapter → (A, B) that its init put there, float32 on the host; None where that is not known; absent
             where B was 0, and where nobody told.
         rewritten_by: the adapter whose init rewrote the base weight, which is a residual without it.
+        rewritten_scaling: the scaling of that adapter, with which the residual and its update make the weight.
     """
 
     last_merge: WeightMerge | None
     from_original: bool
     rewritten_by: str | None = None
+    rewritten_scaling: float | None = None
     starts: dict[str, tuple[Tensor, Tensor] | None]
     _saved: tuple[Any, KeptParameter | None] | None
 
@@ -148,13 +150,29 @@ class Merging:
             raise NonFiniteWeights("an adapter's bias holds NaN or infinity: nothing was merged")
         return bias
 
+    def mark_residual(self, adapter: str) -> None:
+        """Note that the base weight is a residual without this adapter at the scaling that it has now."""
+        self.rewritten_by, self.rewritten_scaling = adapter, _plain_number(self.scaling[adapter])
+
     def check_complete(self, active: Iterable[str], what: str = "switched off") -> None:
-        """Raise `UnsupportedOperation` where the adapter whose init rewrote the base is not among `active`."""
-        if self.rewritten_by is not None and self.rewritten_by not in active:
-            raise UnsupportedOperation(residual_error(self.rewritten_by, what))
+        """Check that the adapter whose init rewrote the base is among `active`, with the scaling that it started with.
+
+        Raises:
+            UnsupportedOperation: it is not, so that the outputs would be those of a residual.
+        """
+        needed = self.rewritten_by
+        if needed is None:
+            return
+        if needed not in active:
+            raise UnsupportedOperation(residual_error(needed, what))
+        scaling = _plain_number(self.scaling[needed])
+        if needed not in self.merged_adapters and None not in (scaling, self.rewritten_scaling):
+            if scaling != self.rewritten_scaling:
+                raise UnsupportedOperation(residual_error(needed, "scaled"))
 
     def check_merge(self, adapter_names: list[str]) -> None:
         """Raise what `merge` would raise, without changing anything."""
+        self.check_complete([*self.merged_adapters, *adapter_names], "left out of a merge")
         if not self.quantizer.capabilities.merge_to_quantized:
             raise UnsupportedOperation(
                 f"{self.quantizer!r} cannot take a merge (capability merge_to_quantized); qft.merge_to_float works"
@@ -268,6 +286,11 @@ class Merging:
         """`scaling * B @ A`, (out_features, in_features), in the adapter's dtype; group-pooled ones expanded."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return (self._expanded(adapter, b.float() @ a.float()) * self.scaling[adapter]).to(b.dtype)
+
+
+def _plain_number(scaling: Any) -> float | None:
+    """A scaling as a number; None for a tensor, which PEFT makes of it for compiled hot swaps."""
+    return None if isinstance(scaling, Tensor) else float(scaling)
 
 
 def divisors(weight: Tensor) -> Tensor:

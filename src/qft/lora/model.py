@@ -27,7 +27,7 @@ from qft.lora.experts import QftExperts, adaptable, chain, matches
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
 from qft.lora.merges import Merging, residual_error
 from qft.marks import record_of
-from qft.noted import noted
+from qft.noted import REWRITTEN, noted
 from qft.quiet import quiet_imports
 from qft.registry import quantizer_of
 from qft.selection import linear_targets
@@ -202,6 +202,22 @@ class QftLoraModel(LoraModel):
                 module.r[adapter_name] = module.lora_alpha[adapter_name] = rank
                 config.rank_pattern[name] = config.alpha_pattern[name] = rank
 
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, peft_model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's `path_initial_model_for_weight_conversion`, which subtracts the start of an adapter from it.
+
+        Raises:
+            UnsupportedOperation: the base is rewritten: it and the start together are not the quantized original.
+        """
+        record = record_of(peft_model)
+        if record is not None and record.base_changed:
+            raise UnsupportedOperation(
+                "path_initial_model_for_weight_conversion= does not give an adapter over the quantized original, since the "
+                "base was quantized again after its init: qft.save stores the base with its adapter, and qft.transfer moves "
+                "what was learnt to another base"
+            )
+        return super()._convert_state_dict_for_initial_model(peft_model, *args, **kwargs)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_all(adapter_names)
         merge_exactly(self.model)
@@ -368,6 +384,11 @@ def check_config(config: LoraConfig) -> None:
         _check_pooling(config)
     if config.target_parameters:
         _check_parameters(config)
+    if config.init_lora_weights == REWRITTEN:
+        raise BadOption(
+            "this adapter belongs to a rewritten base that is not stored with it: load it with qft.load over that base, or "
+            "into the adapter that it was saved from with model.load_adapter(folder, name)"
+        )
     if config.init_lora_weights not in KEPT_INITS:
         raise BadOption(
             f"init_lora_weights={config.init_lora_weights!r} rewrites the float base weights, which PEFT cannot do over "
