@@ -215,3 +215,33 @@ def test_other_methods_and_plain_peft_are_refused_by_name_too(kind, verb):
     quantized = qft.quantize(model, "nf4", progress=False)
     with refuses(BadOption, "q_proj", "never be called", model=quantized, outputs=False):
         verb(quantized, config)
+
+
+class Fusing(nn.Module):
+    """Like diffusers' attention: one method reads weights, and no forward pass calls it; another is called by the parent."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.mixed = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def fuse(self):
+        return torch.cat([self.query.weight, self.key.weight])
+
+    def mix(self, x):
+        return x @ self.mixed.weight
+
+    def forward(self, x):
+        return self.key(self.query(x))
+
+
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Fusing()
+
+    def forward(self, x):
+        return self.inner.mix(self.inner(x))
+
+
+def test_methods_that_a_forward_pass_does_not_call_do_not_count():
+    assert set(direct_reads(Parent())) == {"inner.mixed"}

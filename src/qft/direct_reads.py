@@ -52,15 +52,39 @@ def direct_reads(model: nn.Module) -> dict[str, str]:
     """Names of the linear layers of `model` whose weight other code reads → where, such as "WavLMAttention.forward"."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, str] = {}
+    called = _called({type(module) for module in model.modules()})
     for module in model.modules():
         for read in _reads_of(type(module)):
-            if not all(_holds(test, module, wanted) for test, wanted in read.conditions):
+            if read.method not in called or not all(_holds(test, module, wanted) for test, wanted in read.conditions):
                 continue
             for layer in _follow(module, read.path):
                 name = names.get(id(layer))
                 if name is not None and (isinstance(layer, nn.Linear) or is_conv1d(layer)):
                     found.setdefault(name, f"{type(module).__name__}.{read.method}")
     return found
+
+
+def _called(classes: set[type]) -> set[str]:
+    """Names of the methods that a forward pass may call: `forward`, and what is named in a method that may be called.
+
+    Others, such as the fusing of projections in diffusers, are for the caller to use, before the model is quantized.
+    """
+    found, new = set(), {"forward", "__call__"}
+    while new:
+        found |= new
+        new = {name for cls in classes for method in new for name in _named_in(cls, method)} - found
+    return found
+
+
+@cache
+def _named_in(cls: type, method: str) -> frozenset[str]:
+    """The attributes, and texts that may name one, in a method of a class."""
+    tree = None if cls.__module__.startswith(_OTHERS) else _source_of(cls, method)
+    if tree is None:
+        return frozenset()
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return frozenset(attributes | {text for text in texts if text.isidentifier()})
 
 
 def _follow(module: nn.Module, path: tuple[str, ...]) -> list[nn.Module]:

@@ -82,6 +82,8 @@ def load_adapter(
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise BadFolder(f"{folder / 'adapter_config.json'} is no adapter config that PEFT reads: {error}") from error
+    if note is not None and note["base_changed"] and not (note["base_stored"] or note["init"] or note["base_merged"]):
+        raise BadFolder(f"{folder / 'qft.json'} says that the base was changed, and no base is stored next to it")
     if hasattr(base, "peft_config"):
         raise BadOption("the base has adapters already: model.load_adapter(folder, name) adds another")
     if is_lora(config):
@@ -255,8 +257,6 @@ def _check_float_base(folder: Path, base: nn.Module, config: PeftConfig, note: d
         check_method(config, quantizers.values())
     check_float_origin(note, base)
     if note["base_changed"] and not note["base_stored"]:
-        if not note["init"] and not note["base_merged"]:
-            raise BadFolder(f"{folder / 'qft.json'} says that the base was changed, and no base is stored next to it")
         raise AdapterMismatch(
             f"the base of this adapter was rewritten by {note['init'] or 'a merge'}, and {folder} does not store it: load the "
             "adapter over that base, or save both with qft.save"
