@@ -6,6 +6,11 @@
 
 import typing as _typing
 
+from qft import quiet as _quiet
+
+with _quiet.hushed():  # PEFT imports the backends that are installed, and some of them log on import
+    import peft as _peft  # noqa: F401
+
 from qft import errors
 from qft.audit import Audit, audit
 from qft.calibration import Calibration

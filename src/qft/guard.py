@@ -15,6 +15,7 @@ from torch import nn
 
 from qft import marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NoTargets, QftError
+from qft.quiet import without_deprecations
 from qft.selection import READ, default_skips
 
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, re.error)
@@ -149,7 +150,8 @@ def brief(error: object) -> str:
 def refused_by_peft() -> Iterator[None]:
     """PEFT's own refusals as ours."""
     try:
-        yield
+        with without_deprecations():
+            yield
     except QftError:
         raise
     except ImportError as error:

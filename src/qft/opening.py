@@ -15,6 +15,7 @@ from qft.devices import check_device, place
 from qft.errors import BadFolder, BadOption
 from qft.loading import load_quantized, read_config, stored_quantization
 from qft.paths import check_model_path, is_adapter
+from qft.quiet import without_deprecations
 from qft.reading import read_json_object
 from qft.registry import from_config
 from qft.restoring import _strict_load, check_adapter_files, load
@@ -52,7 +53,7 @@ def open_model(
                 raise BadFolder(f"{folder} does not name its base model: load it yourself, and give the model")
             base = _loaded(name, device, dtype)
             if hf.adopt(base) is None:
-                with _strict_load():
+                with _strict_load(), without_deprecations():
                     return PeftModel.from_pretrained(base, folder)
             return load(folder, base)
         return load(folder, base, dtype=dtype, **({} if device is None else {"device": device}))

@@ -36,6 +36,7 @@ from qft.pipeline import is_lora
 from qft.prompts import prepare_prompts
 from qft.quantizer import Quantizer, code_options, float_weight
 from qft.quantizing import quantize_as
+from qft.quiet import without_deprecations
 from qft.reading import read_json_object
 from qft.registry import Spec, get_quantizer, quantizer_of
 from qft.saving import as_path, read_note
@@ -121,7 +122,7 @@ def load_adapter(
         check_method(config, record.quantizers.values())
     before, record.forward = record.forward, (note or {}).get("forward", record.forward)
     try:
-        with as_it_was(model), _strict_load():
+        with as_it_was(model), _strict_load(), without_deprecations():
             without_inference_tensors(model)
             name = _top_name(note)
             peft_model = PeftModel.from_pretrained(

@@ -55,6 +55,12 @@ UNCHECKPOINTED = frozenset({"CARTRIDGE", "POLY", "PREFIX_TUNING"})
 """Methods that do not work while activations are recomputed in the backward pass."""
 
 
+def recomputes(model: nn.Module) -> bool:
+    """Tell whether a model of transformers recomputes activations in the backward pass; other models do not say."""
+    found = getattr(model, "is_activation_checkpointing", None)  # its older name warns where this one exists
+    return bool(getattr(model, "is_gradient_checkpointing", False) if found is None else found)
+
+
 def check_method(adapter: PeftConfig, quantizers: Iterable[Quantizer], checkpointing: bool = False) -> None:
     """Refuse, before anything changes, a method that is not known to be right over these quantizers.
 
@@ -85,7 +91,7 @@ class OverQuantized(BaseTuner):
         record = record_of(model)
         if record is not None:  # some tuners do more here than to inject
             config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
-            check_method(config, record.quantizers.values(), getattr(model, "is_gradient_checkpointing", False))
+            check_method(config, record.quantizers.values(), recomputes(model))
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qft.errors import AlreadyQuantized, BadFolder, QftWarning, UnsupportedOperation
+from qft.quiet import without_deprecations
 from qft.saying import first_sentence
 from qft.training.setup import AUTO, Prepared
 
@@ -183,7 +184,8 @@ def _lora_over_floats(prepared: Prepared) -> nn.Module:
     model = _float_model(prepared).to(prepared.device)
     if prepared.config.gradient_checkpointing:
         model.enable_input_require_grads()
-    return get_peft_model(model, adapter_of(prepared))
+    with without_deprecations():
+        return get_peft_model(model, adapter_of(prepared))
 
 
 def _float_model(prepared: Prepared) -> Any:
