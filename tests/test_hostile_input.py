@@ -107,7 +107,10 @@ LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
     ("template", "message"),
     [
         (LOOPS, "loops too often"),
-        ("{% for i in range(10**12) %}x{% endfor %}", "refuses this conversation"),
+        ("{% for i in range(200 * 900) %}x{% endfor %}", "refuses this conversation"),
+        ("{% for i in range(10**12) %}x{% endfor %}", r"line 1 of the chat template.* holds a power \(\*\*\)"),
+        ("{{ 10**10**10 }}", r"holds a power \(\*\*\)"),
+        ("\n{{ 'x' * 0x10000000000 }}", "line 2 of the chat template.* holds the number 0x10000000000"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses this conversation"),
         ("{{ 'long' * 1000 }}", "writes 4000 characters"),
     ],

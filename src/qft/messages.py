@@ -232,6 +232,8 @@ RENDER_SECONDS = 10.0
 """A template may take so long for one conversation."""
 MOST_CHARACTERS = 2**26
 """A template may write so many characters for one conversation."""
+LARGEST_NUMBER = 10**7
+"""A template may name numbers up to this one."""
 
 
 class ChatTemplate:
@@ -246,7 +248,29 @@ class ChatTemplate:
         self.tokenizer, self.template = tokenizer, template
         origin = getattr(tokenizer, "name_or_path", "")
         self.name = f"the chat template{f' of {origin}' if origin else ''}"
+        self._check_numbers()
         self.parts = not self._shows(False) and self._shows(True)
+
+    def _check_numbers(self) -> None:
+        """Refuse powers and huge numbers: Python calculates them in one call, which no time limit ends.
+
+        Raises:
+            BadOption: the template holds one.
+        """
+        from jinja2 import Environment, TemplateSyntaxError
+
+        found = self.template or getattr(self.tokenizer, "chat_template", None)
+        for source in found.values() if isinstance(found, Mapping) else [found]:
+            try:
+                tokens = list(Environment().lex(source)) if isinstance(source, str) else []
+            except TemplateSyntaxError:  # rendering tells
+                continue
+            for line, kind, text in tokens:
+                if (kind, text) == ("operator", "**") or (kind == "integer" and int(text, 0) > LARGEST_NUMBER):
+                    raise BadOption(
+                        f"line {line} of {self.name} holds {'a power (**)' if text == '**' else f'the number {text[:20]}'}, "
+                        "which may take forever to calculate with; give another template (chat_template=)"
+                    )
 
     def _shows(self, parts: bool) -> bool:
         """Whether the template writes an answer out where content is text, or where it is a list of parts."""
