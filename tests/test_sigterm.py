@@ -53,6 +53,59 @@ def test_a_run_ended_by_sigterm_goes_on_to_the_same_numbers(model, tmp_path, cap
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
+class _KillAt(TrainerCallback):
+    """Sends SIGTERM once, at an event of the step `step`."""
+
+    def __init__(self, event, step):
+        self.step, self.evaluated = step, 0
+        setattr(self, event, self.kill)
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluated += 1
+
+
+@pytest.mark.parametrize("event", ["on_prediction_step", "on_save"])
+def test_sigterm_during_an_evaluation_or_a_save_stops_at_this_step(model, tmp_path, caplog, event):
+    data = write_jsonl(tmp_path / "d.jsonl", chats(24))
+    call = {"model": model, "data_path": data, "valid_split": data, **quick(lora_dropout=0.1)}
+    whole = qft.train(project_name=str(tmp_path / "whole"), **call)
+    killing = _KillAt(event, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = Trainer.train
+
+        def train(self, *args, **kwargs):
+            self.callback_handler.callbacks.insert(0, killing)  # before the one that handles it
+            return plain(self, *args, **kwargs)
+
+        patch.setattr(Trainer, "train", train)
+        with pytest.raises(SystemExit) as stopped:
+            qft.train(project_name=str(tmp_path / "cut"), **call)
+    assert stopped.value.code == 143 and "checkpoint-2" in caplog.text
+    assert killing.evaluated == (event == "on_save")
+    result = qft.train(project_name=str(tmp_path / "cut"), **call)
+    assert result.resumed_from == str(tmp_path / "cut" / "checkpoint-2")
+    assert (result.steps, result.loss, result.evaluation) == (whole.steps, whole.loss, whole.evaluation)
+    ours, theirs = (load_file(f"{r.adapter}/adapter_model.safetensors") for r in (result, whole))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_auto_says_that_the_same_call_goes_on(model, tmp_path, caplog, monkeypatch):
+    data = write_jsonl(tmp_path / "d.jsonl", chats(24))
+    call = {"out": tmp_path / "out", "memory": "8GiB", "device": "cpu", "steps": 1, "progress": False}
+    monkeypatch.setattr(qft, "train", lambda config: os.kill(os.getpid(), signal.SIGTERM), raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        qft.auto(model, data, **call)
+    assert stopped.value.code == 143 and f"goes on with what {tmp_path / 'out'} holds" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    assert qft.auto(model, data, **call).resumed
+
+
 def test_a_run_that_sigterm_ends_while_it_loads_starts_again(model, tmp_path, caplog):
     from qft.training import run
 

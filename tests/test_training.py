@@ -662,7 +662,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(model, data, tm
             time.sleep(0.05)
         if kills < 3:
             try:
-                child.wait(timeout=chosen.uniform(1, 15))
+                child.wait(timeout=chosen.uniform(0.2, 1.0 + 2 * kills))
             except subprocess.TimeoutExpired:
                 child.send_signal(signal.SIGKILL)
                 child.wait()

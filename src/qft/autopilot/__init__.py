@@ -126,6 +126,7 @@ def auto(
     """
     from qft.training.folder import RunFolder
     from qft.training.run import _check_writable, _need_trl
+    from qft.training.termination import exit_on_sigterm
     from qft.training.trainers import quiet
 
     start = time.perf_counter()
@@ -145,7 +146,8 @@ def auto(
     if asked["model"] == SMOLLM and not dry_run and note is None and not os.path.isdir(SMOLLM):
         # whatever is refused is refused before its weights are written
         auto(**{**asked, "out": out}, dry_run=True, progress=progress)
-    with quiet(), base_of(asked["model"], folder, dry_run) as base:
+    ended = f"this call is ended; made again, it goes on with what {folder} holds"
+    with quiet(), exit_on_sigterm(ended), base_of(asked["model"], folder, dry_run) as base:
         config = _config(base, asked, folder, progress)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QftWarning)  # what is doubted is in the notes; qft.train says it too

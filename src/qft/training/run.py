@@ -153,6 +153,7 @@ def _run(
             run.abandon()
         raise
     trainer.add_callback(termination)
+    trainer.termination = termination
     with termination.steps():
         _train(trainer, last, run)
     if counts_from_padding(model):  # transformers' trainers put the tokenizer's id there

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,10 @@ from qft.training.folder import RunFolder
 log = logging.getLogger("qft.training")
 EXIT_CODE = 128 + signal.SIGTERM
 """What a shell reports for a process that SIGTERM ended."""
+
+
+class Interrupted(Exception):
+    """SIGTERM came during an evaluation between steps, which is dropped: the checkpoint comes first."""
 
 
 class Termination(TrainerCallback):
@@ -33,6 +37,19 @@ class Termination(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.requested:
             control.should_training_stop = control.should_save = control.should_log = True
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave an evaluation between steps; `interrupted` goes on."""
+        if self.requested:
+            raise Interrupted
+
+    def interrupted(self, control: Any) -> None:
+        """Save and stop where an evaluation was left."""
+        control.should_training_stop = control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.requested:  # it came while a checkpoint was written
+            control.should_training_stop = True
 
     def handle(self, number: int, frame: Any) -> None:
         """Handle the signal."""
@@ -63,17 +80,36 @@ class Termination(TrainerCallback):
 
 @contextmanager
 def terminable(run: RunFolder) -> Iterator[Termination]:
-    """Handle SIGTERM in this block, and restore the handler that there was.
+    """Handle SIGTERM in this block by a `Termination`, and restore the handler that there was."""
+    found = Termination(run)
+    with _handler(found.handle):
+        yield found
+
+
+@contextmanager
+def exit_on_sigterm(message: str) -> Iterator[None]:
+    """Log `message` and raise `SystemExit` when SIGTERM comes in this block."""
+
+    def handle(number: int, frame: Any) -> None:
+        log.warning("SIGTERM: %s", message)
+        raise SystemExit(EXIT_CODE)
+
+    with _handler(handle):
+        yield
+
+
+@contextmanager
+def _handler(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Set the handler of SIGTERM for a block.
 
     Only the main thread can set handlers; in others, and where SIGTERM is ignored, nothing is changed.
     """
-    found = Termination(run)
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
-        yield found
+        yield
         return
-    signal.signal(signal.SIGTERM, found.handle)
+    signal.signal(signal.SIGTERM, handle)
     try:
-        yield found
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -36,6 +36,7 @@ from qft.training.checks import check_padding
 from qft.training.folder import PARTIAL, RunFolder
 from qft.training.models import autocast_dtype
 from qft.training.setup import Prepared, has_tensorboard, optimizer_name
+from qft.training.termination import Interrupted, Termination
 
 log = logging.getLogger("qft.training")
 
@@ -46,6 +47,7 @@ class Whole:
     run: RunFolder
     keep: int = 2
     time_limit: TimeLimit | None = None
+    termination: Termination | None = None
     _partial: Path | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -71,6 +73,17 @@ class Whole:
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial = None
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate between steps, without a change of the random numbers that the next steps draw."""
+        device = self.args.device  # type: ignore[attr-defined]
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+        except Interrupted:
+            assert self.termination is not None
+            self.termination.interrupted(self.control)  # type: ignore[attr-defined]
+            return {}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """qft writes its own, where it exports."""
