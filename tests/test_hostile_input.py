@@ -52,6 +52,83 @@ def test_a_config_with_an_absurd_field_is_refused_and_the_field_is_named(changed
         verb(changed(**{field: value}), "nf4", **SIZES[verb])
 
 
+@pytest.mark.parametrize("verb", [qft.plan, qft.quantize])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_cache", 5),
+        ("vocab_size", None),
+        ("model_type", []),
+        ("dtype", "x"),
+        ("hidden_act", "x"),
+        ("head_dim", 0),
+        ("num_key_value_heads", 0),
+        ("pad_token_id", 10**20),
+        ("rope_parameters", {"rope_type": "x", "rope_theta": 10**20}),
+        ("attention_dropout", 10**20),
+    ],
+)
+def test_a_config_that_builds_no_model_is_refused(changed, verb, field, value):
+    with pytest.raises(BadFolder):
+        verb(changed(**{field: value}), "nf4", **SIZES[verb])
+
+
+@pytest.mark.parametrize("name", [5, ["m"], {"a": 1}, True])
+def test_a_base_name_that_is_not_text_is_refused(folder, tmp_path, name):
+    model = qft.quantize_and_wrap(folder, "nf4", progress=False)
+    qft.save(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
+    for verb in (qft.load, lambda path: base_of(str(path), None)):
+        with pytest.raises(BadFolder, match=r"base_model_name_or_path is .*; it is a text"):
+            verb(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("eos_token", 5), ("tokenizer_class", ["x"]), ("extra_special_tokens", "x"), ("pad_token", -1)]
+)
+def test_a_tokenizer_config_of_other_types_is_refused(changed, tmp_path, field, value):
+    path = changed()
+    file = tmp_path / "m" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    data = write_jsonl(tmp_path / "d.jsonl", chats())
+    with pytest.raises(BadFolder, match="no tokenizer that transformers can load"):
+        qft.train(model=path, data_path=data, project_name=str(tmp_path / "out"), **quick())
+
+
+@pytest.mark.parametrize(
+    "field", [{"lora_alpha": 1e308}, {"lr": 1e308}, {"weight_decay": 1e308}, {"calibration_samples": 0}]
+)
+def test_numbers_that_float32_cannot_calculate_with_are_refused(field):
+    with pytest.raises(BadOption, match=next(iter(field))):
+        qft.TrainConfig.from_dict({"model": "m", "data_path": "d", **field})
+
+
+@pytest.mark.parametrize("memory", ["x", "\0", -1.0, 0.5e-3 - 1])
+def test_a_memory_that_is_no_amount_is_refused_whether_it_is_used_or_not(folder, tmp_path, memory):
+    data = write_jsonl(tmp_path / "d.jsonl", chats())
+    with pytest.raises(BadOption, match="memory"):
+        qft.train(model=folder, data_path=data, project_name=str(tmp_path / "out"), **quick(memory=memory))
+
+
+def test_a_chat_template_named_with_a_zero_byte_is_refused(folder, tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", chats())
+    with pytest.raises(BadOption, match="chat_template"):
+        qft.train(model=folder, data_path=data, project_name=str(tmp_path / "out"), **quick(chat_template="\0"))
+
+
+@pytest.mark.parametrize("save_steps", [1, 5])
+def test_weights_that_are_infinite_after_the_last_step_are_not_saved(folder, tmp_path, monkeypatch, save_steps):
+    from qft.training import config
+
+    monkeypatch.setitem(config.MOST, "lr", 1e38)
+    data = write_jsonl(tmp_path / "d.jsonl", chats())
+    call = quick(lr=1e38, optimizer="sgd", max_grad_norm=0.0, max_steps=1, save_steps=save_steps)
+    with pytest.raises(NonFiniteWeights, match="after step 1: lower lr"):
+        qft.train(model=folder, data_path=data, project_name=str(tmp_path / "out"), **call)
+    assert not (tmp_path / "out" / "adapter").exists() and not list((tmp_path / "out").glob("checkpoint-*"))
+
+
 @pytest.mark.parametrize("text", ["[]", "5", "[" * 100_000, "{"])
 @pytest.mark.parametrize("verb", [qft.plan, qft.quantize])
 def test_a_config_that_is_not_an_object_is_refused(changed, tmp_path, verb, text):

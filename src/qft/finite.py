@@ -47,6 +47,22 @@ def largest_values(weights: Mapping[str, Tensor]) -> dict[str, float]:
     return found
 
 
+def check_trained(model: nn.Module, step: int) -> None:
+    """Refuse trained weights that are NaN or infinite: the loss shows them one step later only.
+
+    Raises:
+        NonFiniteWeights: the first of them, by name.
+    """
+    try:
+        largest_values({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    except NonFiniteWeights as error:
+        name = str(error).partition(" holds")[0]
+        raise NonFiniteWeights(
+            f"{name} holds NaN or infinity after step {step}: lower lr, or warm up longer; the checkpoints before it are as "
+            "they were"
+        ) from None
+
+
 def is_ordinary(largest: float) -> bool:
     """Whether a weight with this largest absolute value fits the constants of every format."""
     return largest == 0 or ORDINARY[0] <= largest <= ORDINARY[1]

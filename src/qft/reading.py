@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ MOST = {
     "d_model": 2**20,
 }
 """Upper bounds of a config's sizes: well above every published model, and low enough to build an empty one."""
+DROPOUTS = r"(dropout|_pdrop|dropout_prob|dropout_rate|layerdrop|drop_rate|drop_path_rate)$"
+"""Names of a config's fields that are probabilities."""
 ABOVE_ZERO = {"hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "n_layer", "n_embd", "n_head"}
 """Sizes that zero makes meaningless. Others use zero for an absent part."""
 
@@ -67,6 +70,8 @@ def check_model_config(values: Mapping[str, Any], where: str | os.PathLike[str])
             if number is not None and not (type(number) is int and least <= number <= most):
                 raise BadFolder(f"{where}: {key} is {_shown(number)}; it is an integer from {least} to {most}")
     for key, value in values.items():
+        if re.search(DROPOUTS, str(key)) and type(value) in (int, float) and not 0 <= value <= 1:
+            raise BadFolder(f"{where}: {key} is {_shown(value)}; it is a probability, from 0 to 1")
         if isinstance(value, Mapping) and str(key).endswith("_config") and key != "quantization_config":
             check_model_config(value, f"{where}: {key}")
 

@@ -330,7 +330,9 @@ def _spec_of(note: dict[str, Any]) -> Spec:
 
 def check_adapter_files(folder: Path) -> None:
     """Raise `BadFolder` where the adapter's files cannot be read, before any base is touched."""
-    read_json_object(folder / "adapter_config.json")
+    named = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    if named is not None and not isinstance(named, str):
+        raise BadFolder(f"{folder / 'adapter_config.json'}: base_model_name_or_path is {named!r:.60}; it is a text")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise BadFolder(f"{folder} has no adapter_model.safetensors; qft reads no pickle files (adapter_model.bin)")

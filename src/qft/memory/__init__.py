@@ -293,6 +293,18 @@ def memory_limit(memory: Any) -> int | None:
     return memory_of(memory) if isinstance(memory, str) and memory not in KEEP else None
 
 
+def check_memory(memory: Any) -> None:
+    """Refuse what is neither an amount of memory, nor a number or share of blocks, nor one of the names.
+
+    Raises:
+        BadOption: what it can be.
+    """
+    if not isinstance(memory, str) or memory in KEEP:
+        kept_blocks(memory, 1)
+    else:
+        memory_limit(memory)
+
+
 def kept_blocks(memory: Any, total: int) -> frozenset[int] | None:
     """Indices of the blocks that keep their activations, or None for the model's own choice."""
     if memory in ("auto", "model"):

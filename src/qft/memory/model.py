@@ -15,11 +15,13 @@ from torch import nn
 
 from qft import marks
 from qft.errors import BadFolder, BadOption, UnsupportedOperation
+from qft.loading import read_config
 from qft.lora.model import check_config, fill_targets, targeted
 from qft.memory.activations import rounded
 from qft.quantizer import Quantizer, float_weight
-from qft.reading import check_model_config, check_model_folder
+from qft.reading import check_model_config
 from qft.registry import parse_spec
+from qft.saying import one_line
 from qft.selection import Selection, select, settle, target_weights
 
 NOT_MODELLED = ("use_dora", "use_qalora", "modules_to_save", "trainable_token_indices", "lora_bias")
@@ -31,7 +33,7 @@ def hollow(source: Any, dtype: torch.dtype | None) -> nn.Module:
     Raises:
         BadFolder: no config in that folder. BadOption: something else. UnsupportedOperation: an encoder-decoder.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers import AutoModelForCausalLM, PretrainedConfig
 
     kind: Callable[[Any], nn.Module] = lambda c: AutoModelForCausalLM.from_config(c, dtype=dtype or c.dtype)  # noqa: E731
     if isinstance(source, nn.Module):
@@ -45,13 +47,7 @@ def hollow(source: Any, dtype: torch.dtype | None) -> nn.Module:
     elif isinstance(source, PretrainedConfig):
         config = source
     elif isinstance(source, str | os.PathLike):
-        check_model_folder(source)
-        try:
-            config = AutoConfig.from_pretrained(os.fspath(source), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise BadFolder(
-                f"{source} holds no config that transformers reads: {str(error).splitlines()[0]}"
-            ) from error
+        config = read_config(os.fspath(source), {"local_files_only": True})
     else:
         raise BadOption(f"give a model, a config of transformers or a folder, not a {type(source).__name__}")
     if getattr(config, "is_encoder_decoder", False):
@@ -70,6 +66,11 @@ def hollow(source: Any, dtype: torch.dtype | None) -> nn.Module:
     except ValueError as error:
         raise UnsupportedOperation(
             f"transformers has no causal language model for {type(config).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    except Exception as error:  # of values that no check of a config's fields finds
+        where = type(config).__name__ if isinstance(source, nn.Module | PretrainedConfig) else source
+        raise BadFolder(
+            f"no model can be built from the config of {where} ({type(error).__name__}: {one_line(error)})"
         ) from error
 
 

@@ -238,7 +238,7 @@ def _template(tokenizer: Any, template: str | None) -> str:
             return template
         try:
             return Path(template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte, or a file that is not UTF-8
             raise BadOption(
                 f"chat_template={template!r} is neither 'chatml', nor a template, nor a file that can be read: {error}"
             ) from error

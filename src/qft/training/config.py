@@ -36,6 +36,7 @@ LEAST: dict[str, float] = {
     "max_steps": 1,
     "logging_steps": 1,
     "save_total_limit": 1,
+    "calibration_samples": 1,
     "weight_decay": 0,
     "max_grad_norm": 0,
     "seed": 0,
@@ -53,8 +54,11 @@ MOST: dict[str, float] = {
     "save_total_limit": 10**6,
     "calibration_samples": 10**7,
     "max_seconds": 10**9,
+    "lr": 1e30,
+    "lora_alpha": 1e30,
+    "weight_decay": 1e30,
 }
-"""Upper bounds: what numpy takes as a seed, and what a run can do in a human time."""
+"""Upper bounds: what numpy takes as a seed, what a run can do in a human time, and what float32 can calculate with."""
 SHARES = ("lora_dropout", "warmup_ratio", "eval_share")
 ABOVE_ZERO = ("lr", "epochs", "lora_alpha", "save_steps", "max_seconds")
 OTHER_NAMES = {

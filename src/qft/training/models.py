@@ -12,7 +12,7 @@ from torch import nn
 from qft.errors import AlreadyQuantized, BadFolder, QftWarning, UnsupportedOperation
 from qft.quiet import without_deprecations
 from qft.saying import first_sentence
-from qft.training.setup import AUTO, Prepared
+from qft.training.setup import AUTO, Prepared, step_memory
 
 PEFT_TASK = {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS", "vision-language": None}
 
@@ -97,8 +97,7 @@ def load_model(prepared: Prepared) -> nn.Module:
     else:
         model = _quantized(prepared)
     if optimizes(prepared):
-        memory: Any = config.memory
-        qft.optimize_training(model, memory=int(memory) if isinstance(memory, float) and memory > 1 else memory)
+        qft.optimize_training(model, memory=step_memory(config))
     return model
 
 

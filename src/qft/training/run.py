@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.errors import BadOption, MissingDependency, QftError
+from qft.finite import check_trained
 from qft.lengths import counts_from_padding
 from qft.saving import atomic_folder
 from qft.training.config import TrainConfig
@@ -166,6 +167,7 @@ def _run(
         done = [e for e in history if "eval_loss" in e and e["step"] == trainer.state.global_step]
         found = done[-1] if done else trainer.evaluate()
         evaluation = {k: v for k, v in found.items() if k in ("eval_loss", "eval_accuracy", "eval_mean_token_accuracy")}
+    check_trained(trainer.model, trainer.state.global_step)
     saved = _save(trainer.model, prepared, run)
     merge = _merge(trainer.model, prepared, run) if config.merge_adapter else None
     result = TrainResult(

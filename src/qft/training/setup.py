@@ -17,6 +17,7 @@ import torch
 from qft.errors import BadFolder, BadOption, MissingDependency, QftWarning, UnsupportedDevice
 from qft.lengths import positions_of_config
 from qft.loading import read_config
+from qft.memory import check_memory
 from qft.paths import check_model_path
 from qft.rows import Rows
 from qft.saying import first_sentence
@@ -89,6 +90,7 @@ def prepare(config: TrainConfig) -> Prepared:
     config = config.replace(model=check_model_path(config.model))
     device = _device(config)
     _check_names(config, device)
+    check_memory(step_memory(config))
     stored = check_stored(config)
     train, valid = read_data(
         config.data_path, config.train_split, config.valid_split, skip_bad_rows=config.skip_bad_rows
@@ -262,6 +264,12 @@ def has_tensorboard() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in ("tensorboard", "tensorboardX"))
 
 
+def step_memory(config: TrainConfig) -> Any:
+    """The value of `memory` as `qft.optimize_training` takes it: a number above 1 counts blocks."""
+    memory = config.memory
+    return int(memory) if isinstance(memory, float) and memory > 1 else memory
+
+
 def _device(config: TrainConfig) -> torch.device:
     from qft.devices import check_device, default_device
 
@@ -273,7 +281,7 @@ def _processor(model: str, task: str) -> Any:
 
     try:
         return (AutoProcessor if task == "vision-language" else AutoTokenizer).from_pretrained(model)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of many kinds, none of them documented
         what = "processor" if task == "vision-language" else "tokenizer"
         raise BadFolder(
             f"model: {model!r} has no {what} that transformers can load: {first_sentence(error)}"

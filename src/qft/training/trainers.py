@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
+from qft.finite import check_trained
 from qft.saying import first_sentence
 from qft.training.checks import check_padding
 from qft.training.folder import PARTIAL, RunFolder
@@ -55,6 +56,7 @@ class Whole:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
+        check_trained(self.model, self.state.global_step)  # type: ignore[attr-defined]
         self._partial = self.run.path / f"{PARTIAL}{os.getpid()}"
         self.run.check_there()
         try:
