@@ -18,7 +18,7 @@ from qft import hf, marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError, about
 from qft.experts import as_stack, pack_parameter
 from qft.finite import ResultCheck
-from qft.paths import did_you_mean, is_adapter
+from qft.paths import as_path, did_you_mean, is_adapter
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
 from qft.reading import check_model_config, check_model_folder
 from qft.registry import file_reader, folder_reader, quantizer_of
@@ -344,7 +344,7 @@ def read_config(path: str, options: Mapping[str, Any]) -> Any:
     """
     import transformers
 
-    where = Path(path, options.get("subfolder") or "")
+    where = as_path(Path(path, options.get("subfolder") or ""))
     if where.is_dir() and not (where / "config.json").is_file() and "gguf_file" not in options:
         if is_adapter(where):
             raise BadFolder(f"{path} holds an adapter and no model: give its base model, or open both with qft.load")

@@ -32,6 +32,7 @@ from qft.lora.tuners import check_method
 from qft.modes import normal_mode, without_inference_tensors
 from qft.noted import REWRITTEN
 from qft.packed import TensorQuantizer
+from qft.paths import as_path
 from qft.pipeline import is_lora
 from qft.prompts import prepare_prompts
 from qft.quantizer import Quantizer, code_options, float_weight
@@ -39,7 +40,7 @@ from qft.quantizing import quantize_as
 from qft.quiet import without_deprecations
 from qft.reading import read_json_object
 from qft.registry import Spec, get_quantizer, quantizer_of
-from qft.saving import as_path, read_note
+from qft.saving import read_note
 from qft.starts import put_starts, read_starts
 
 SAME_CODES = 1e-3

@@ -28,10 +28,11 @@ from qft.loading import stored_quantization
 from qft.lora.layer import QftLinear
 from qft.lora.model import check_saved_modules
 from qft.modes import normal_mode
+from qft.paths import as_path
 from qft.quantizing import quantize_as
 from qft.registry import Spec, parse_spec
 from qft.restoring import check_adapter_files
-from qft.saving import as_path, read_note
+from qft.saving import read_note
 from qft.saying import one_line, quiet, say
 from qft.sourcing import adapted, check_source, loaded, original_of_folder, readable
 from qft.weights import Origin, float_twin, is_quantized, linear_weights
