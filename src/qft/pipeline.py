@@ -34,7 +34,7 @@ from qft.lora.model import (
 from qft.lora.tuners import check_method
 from qft.modes import normal_mode, without_inference_tensors
 from qft.originals import Originals
-from qft.preparing import prepare_model_for_kbit_training
+from qft.preparing import prepare_model_for_kbit_training, recomputes_activations
 from qft.prompts import prepare_prompts
 from qft.quantizer import Quantizer
 from qft.quantizing import quantize_as, warn_unused_calibration
@@ -213,7 +213,7 @@ def _wrap_lora(
 
 
 def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record, forward: str) -> PeftModel:
-    check_method(adapter, record.quantizers.values(), getattr(model, "is_gradient_checkpointing", False))
+    check_method(adapter, record.quantizers.values(), recomputes_activations(model))
     check_names(model, adapter)
     before, record.forward = record.forward, forward
     try:

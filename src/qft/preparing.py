@@ -66,6 +66,14 @@ def prepare_model_for_kbit_training(
     return model
 
 
+def recomputes_activations(model: nn.Module) -> bool:
+    """Return whether gradient checkpointing is on in any part of `model`.
+
+    It reads the modules' flags: transformers renamed the property for them, and the old name goes in its version 6.
+    """
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 class EnableInputs:
     """In place of a model's `enable_input_require_grads`, which trainers and PEFT call, too.
 

@@ -26,6 +26,7 @@ from qft.lora.view import LinearView, shown_as_linears, take_off
 from qft.lora.view_merging import allow_merging, available, is_over_view
 from qft.marks import record_of
 from qft.noted import noted
+from qft.preparing import recomputes_activations
 from qft.quantizer import Quantizer
 from qft.quiet import quiet_imports
 from qft.selection import linear_targets
@@ -85,7 +86,7 @@ class OverQuantized(BaseTuner):
         record = record_of(model)
         if record is not None:  # some tuners do more here than to inject
             config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
-            check_method(config, record.quantizers.values(), getattr(model, "is_gradient_checkpointing", False))
+            check_method(config, record.quantizers.values(), recomputes_activations(model))
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
