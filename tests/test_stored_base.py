@@ -158,3 +158,35 @@ def test_what_is_stored_is_read_by_transformers(tmp_path):
     with model.disable_adapter():
         assert relative(logits(base), logits(model)) < 1e-5
     assert json.loads((tmp_path / "qft.json").read_text())["base_stored"] is True
+
+
+def llama4():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        intermediate_size_mlp=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=4,
+    )
+    torch.manual_seed(0)
+    return Llama4ForCausalLM(config)
+
+
+@pytest.mark.parametrize("spec", ["nf4", "int8", "reference"])
+def test_stacked_experts_are_loaded_as_they_are_stored(spec, tmp_path):
+    """transformers takes the experts of Llama 4 apart for bitsandbytes, whatever a folder holds."""
+    from transformers.quantizers import base
+
+    before = dict(base.MODULES_TO_PATCH_FOR_QUANTIZATION)
+    model = qft.quantize_and_wrap(llama4(), spec, progress=False).eval()
+    qft.save(model, tmp_path, base=True)
+    again = qft.load(tmp_path).eval()
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert base.MODULES_TO_PATCH_FOR_QUANTIZATION == before != {}
