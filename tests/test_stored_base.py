@@ -190,3 +190,42 @@ def test_stacked_experts_are_loaded_as_they_are_stored(spec, tmp_path):
     ids = torch.arange(24).view(2, 12)
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
     assert base.MODULES_TO_PATCH_FOR_QUANTIZATION == before != {}
+
+
+def laguna():
+    from transformers import LagunaConfig, LagunaForCausalLM
+
+    config = LagunaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"] * 2,
+        num_attention_heads_per_layer=[4, 4],
+        mlp_layer_types=["dense", "sparse"],
+    )
+    torch.manual_seed(0)
+    return LagunaForCausalLM(config)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_adapter_names_that_a_renaming_of_transformers_matches_again(base, tmp_path):
+    model = qft.quantize_and_wrap(laguna(), "nf4", progress=False).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    qft.save(model, tmp_path, base=base)
+    again = (qft.load(tmp_path) if base else qft.load(tmp_path, base=laguna())).eval()
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    moved = qft.transfer(model, "nf4", original=laguna())
+    moved = moved[0] if isinstance(moved, tuple) else moved
+    assert "shared_experts" in " ".join(n for n, p in moved.named_parameters() if p.requires_grad)
