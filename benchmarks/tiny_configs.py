@@ -61,6 +61,9 @@ FIELDS: list[tuple[str, Any]] = [
     (r"(hidden_size_per_layer_input|vocab_size_per_layer_input_)", 16),
     (r"(laurel_rank|lora_rank)", 16),
     (r"(num_kv_shared_layers)", 0),
+    (r"(num_self_attends_per_block)", 2),
+    (r"(num_latents)", 8),
+    (r"(d_latents)", 64),
     (r"(.*dropout.*|.*_drop|drop_.*|.*_pdrop|.*layerdrop|drop|router_jitter_noise|input_jitter_noise)", 0.0),
 ]
 """Names of fields and the value that a tiny config has; applied at every depth where the default is a larger number."""
@@ -83,7 +86,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"],
-        "axial_pos_shape": [8, 16],
+        "axial_pos_shape": [4, 4],
         "axial_pos_embds_dim": [32, 32],
         "attention_head_size": 16,
         "local_attn_chunk_length": 8,
@@ -101,6 +104,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {"attention_type": "original_full"},
 }
 """What the fields' names do not say, by model type."""
+
+
+NOT_TINY = {
+    "VibeVoiceAsrForConditionalGeneration": "its acoustic codec takes minutes at any size that its config allows"
+}
+"""Classes that are left out, with the reason."""
 
 
 def shrunk(value: Any, name: str = "") -> Any:
@@ -129,9 +138,10 @@ def shrunk(value: Any, name: str = "") -> Any:
             smaller["head_dim"] = smaller["qk_rope_head_dim"]
         elif "head_dim" in smaller and smaller["head_dim"] is None and value.get("hidden_size"):
             smaller["head_dim"] = 16
+        _fit_sections(smaller)
         kv = next((k for k in value if re.fullmatch(FIELDS[4][0], k)), None)
         heads = next((k for k in ("num_attention_heads", "n_head", "num_heads") if k in value), None)
-        if kv and heads and value[kv] == value[heads]:
+        if kv and heads and value[kv] in (None, value[heads]):
             smaller[kv] = smaller[heads]
         return smaller
     if name.endswith("token_id") or name.endswith("token_index"):
@@ -147,6 +157,20 @@ def shrunk(value: Any, name: str = "") -> Any:
         if name in ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "neck_hidden_sizes"):
             return [16 * 2 ** min(i, 3) for i in range(len(value))]
     return value
+
+
+def _fit_sections(smaller: dict[str, Any]) -> None:
+    """Scale the sections of multimodal rotary positions to the smaller head."""
+    head = smaller.get("head_dim")
+    if not head and smaller.get("hidden_size") and smaller.get("num_attention_heads"):
+        head = smaller["hidden_size"] // smaller["num_attention_heads"]
+    rope = smaller.get("rope_parameters") or smaller.get("rope_scaling")
+    sectioned = re.match(
+        r"(qwen2(_5)?_vl|glm4v|glm46v|glm_ocr)", str(smaller.get("model_type"))
+    )  # with or without the field
+    if isinstance(rope, dict) and head and (sectioned or isinstance(rope.get("mrope_section"), list)):
+        half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
+        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
 def _fit_layers(value: dict[str, Any], smaller: dict[str, Any]) -> None:
@@ -179,6 +203,8 @@ def tiny_config(config_class: type, task: str) -> Any:
     for name in list(fields):
         if isinstance(fields[name], dict) and "transformers_version" in fields[name]:
             fields[name].pop("transformers_version")
+    for name in ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names"):  # of more stages
+        fields.pop(name, None)
     fields.setdefault("pad_token_id", 0)
     if fields["pad_token_id"] is None:
         fields["pad_token_id"] = 0

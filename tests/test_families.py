@@ -8,20 +8,41 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAMILIES = [
-    "DeepseekV3ForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "Glm4MoeForCausalLM",
-    "GptOssForCausalLM",
-    "MinistralForCausalLM",
-    "Ministral3ForCausalLM",
-    "MistralForCausalLM",
-    "NemotronHForCausalLM",
-    "Olmo3ForCausalLM",
-    "Phi3ForCausalLM",
-    "Qwen3_5ForCausalLM",
-    "DeepseekV4ForCausalLM",
-    "GraniteMoeHybridForCausalLM",
+    "causal-lm/DeepseekV3ForCausalLM",
+    "causal-lm/DeepseekV4ForCausalLM",
+    "causal-lm/FalconForCausalLM",
+    "causal-lm/Gemma2ForCausalLM",
+    "causal-lm/Gemma3ForCausalLM",
+    "causal-lm/Gemma3nForCausalLM",
+    "causal-lm/Gemma4ForCausalLM",
+    "causal-lm/Glm4MoeForCausalLM",
+    "causal-lm/Glm4MoeLiteForCausalLM",
+    "causal-lm/GptOssForCausalLM",
+    "causal-lm/GraniteMoeHybridForCausalLM",
+    "causal-lm/LagunaForCausalLM",
+    "causal-lm/Llama4ForCausalLM",
+    "causal-lm/LlamaForCausalLM",
+    "causal-lm/MinistralForCausalLM",
+    "causal-lm/Ministral3ForCausalLM",
+    "causal-lm/MistralForCausalLM",
+    "causal-lm/NemotronHForCausalLM",
+    "causal-lm/Olmo2ForCausalLM",
+    "causal-lm/Olmo3ForCausalLM",
+    "causal-lm/Phi3ForCausalLM",
+    "causal-lm/Qwen2ForCausalLM",
+    "causal-lm/Qwen3ForCausalLM",
+    "causal-lm/Qwen3MoeForCausalLM",
+    "causal-lm/Qwen3NextForCausalLM",
+    "causal-lm/Qwen3_5ForCausalLM",
+    "causal-lm/Qwen3_5MoeForCausalLM",
+    "causal-lm/SmolLM3ForCausalLM",
+    "image-text-to-text/Gemma3ForConditionalGeneration",
+    "image-text-to-text/Gemma4ForConditionalGeneration",
+    "image-text-to-text/Llama4ForConditionalGeneration",
+    "image-text-to-text/Mistral3ForConditionalGeneration",
+    "image-text-to-text/Qwen2_5_VLForConditionalGeneration",
+    "image-text-to-text/Qwen3VLForConditionalGeneration",
+    "speech-seq2seq/WhisperForConditionalGeneration",
 ]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -36,9 +57,12 @@ def tools(monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_check_is_right(tools, name):
+@pytest.mark.parametrize("quantizer", ["nf4", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_check_is_right(tools, family, quantizer):
     architectures, checks = tools
-    [(task, kind, name)] = architectures.classes(["causal-lm"], f"^{name}$")
-    found = checks.run_class(task, kind, name, "nf4")
-    assert len(found) == 9 and {k: v for k, v in found.items() if v[0] != "right"} == {}
+    task, name = family.split("/")
+    [(task, kind, name)] = architectures.classes([task], f"^{name}$")
+    found = checks.run_class(task, kind, name, quantizer)
+    assert len(found) == (9 if task == "causal-lm" else 8)
+    assert {k: v for k, v in found.items() if v[0] != "right"} == {}
