@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from qft import marks
@@ -124,6 +125,70 @@ def check_names(model: nn.Module, adapter: PeftConfig) -> None:
         if not any(check_target_module_exists(adapter, name) for name, _ in model.named_modules()):
             raise NoTargets(f"target_modules={names!r} matches nothing in this {type(model).__name__}")
     check_called(model, adapter)
+
+
+def check_not_nested(model: nn.Module, name: str) -> None:
+    """Refuse to put a new adapter over others that it would be saved without, or under the name of one that is there.
+
+    Raises:
+        BadOption: the model is a `PeftModel`, or its layers have an adapter of this name.
+    """
+    if isinstance(model, PeftModel):
+        raise BadOption("this model has adapters already: model.add_adapter(name, config) adds another")
+    if any(isinstance(m, BaseTunerLayer) and name in m._get_available_adapters() for m in model.modules()):
+        raise BadOption(
+            f"this model has an adapter {name!r} already, whose layers the new one would share: give it another name, or "
+            "delete that one first"
+        )
+
+
+HEADS = frozenset({"classifier", "qa_outputs", "score"})
+"""Names that PEFT adds to `modules_to_save`, whichever of them the model has."""
+
+
+def check_every_name(model: nn.Module, adapter: PeftConfig) -> None:
+    """Refuse names in an adapter's lists that no module has: PEFT passes over them where another one matches.
+
+    Raises:
+        NoTargets: a name of `target_modules` or `modules_to_save`, or a key of `rank_pattern` or `alpha_pattern`.
+    """
+    modules = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
+    targets = getattr(adapter, "target_modules", None)
+    if not isinstance(targets, str) and targets and set(targets) != _default_targets(model, adapter):
+        ends = {f".{name}".split(".", i)[-1] for name in modules for i in range(1, name.count(".") + 2)}
+        unknown = [t for t in targets if t not in ends]
+        if len(unknown) < len(targets):  # else nothing matches, which has an error of its own
+            _refuse_unknown("target_modules", unknown, model)
+    saved = [t for t in getattr(adapter, "modules_to_save", None) or () if t not in HEADS]
+    _refuse_unknown("modules_to_save", [t for t in saved if not any(m.endswith(t) for m in modules)], model)
+    modules += [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
+    for field in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(adapter, field, None) or {}
+        _refuse_unknown(field, [k for k in keys if not any(_fits(k, m) for m in modules)], model)
+
+
+def _fits(key: str, name: str) -> bool:
+    """Tell whether a key of a pattern means this name, as `peft.utils.other.get_pattern_key` does."""
+    try:
+        return re.match(rf"(.*\.)?({key})$", name) is not None
+    except re.error:  # it is refused with the other patterns
+        return True
+
+
+def _refuse_unknown(field: str, unknown: list[str], model: nn.Module) -> None:
+    if unknown:
+        raise NoTargets(
+            f"{field} names {', '.join(sorted(unknown))}, and no module of this {type(model).__name__} has that name: correct "
+            "it, or leave it out"
+        )
+
+
+def _default_targets(model: nn.Module, adapter: PeftConfig) -> set[str] | None:
+    """What PEFT takes for a kind of model where the config names no targets: names of several of its variants."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    found = getattr(tuner, "target_module_mapping", {}).get(kind)
+    return None if found is None or isinstance(found, str) else set(found)
 
 
 def check_called(model: nn.Module, adapter: PeftConfig) -> None:

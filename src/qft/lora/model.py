@@ -21,7 +21,8 @@ from torch import nn
 from qft.backends.unquantized import is_float_linear
 from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOperation
 from qft.experts import PackedExperts, as_stack, fused_parameters, packed_weights
-from qft.guard import as_it_was, check_called
+from qft.generating import Generate
+from qft.guard import as_it_was, check_called, check_every_name, check_not_nested
 from qft.lora.exact import merge_exactly
 from qft.lora.experts import QftExperts, adaptable, chain, matches
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
@@ -84,11 +85,13 @@ class QftLoraModel(LoraModel):
         record = record_of(model)
         if record is not None:
             config = self.peft_config[adapter_name]
+            check_not_nested(model, adapter_name)
             check_config(config)
             check_tokens(model, config)
             if config.target_modules == "all-linear":
                 config.target_modules = set(all_linear(model, config))
             elif not config.inference_mode:  # an adapter that was trained elsewhere computes here what it did there
+                check_every_name(model, config)
                 check_called(model, config)
             check_groups(model, config)
         with quiet_imports():
@@ -99,6 +102,7 @@ class QftLoraModel(LoraModel):
             DequantizedForward.take_off(model)
             if record.forward == "dequantize":
                 DequantizedForward.put_on(model)
+            Generate.put_on(model)
 
     def _create_new_module(self, lora_config, adapter_name, target, **kwargs):
         record = record_of(self.model)
@@ -239,6 +243,7 @@ class QftLoraModel(LoraModel):
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         DequantizedForward.take_off(model)
+        Generate.take_off(model)
         if record is not None and merge:
             settle_tie(model, was_tied=was_tied)
         merges = [m.last_merge for m in layers if m.merged and m.last_merge is not None]
