@@ -269,8 +269,6 @@ MISSPELT = {
     "target": {"target_modules": ["q_proj", "q_porj"]},
     "layer": {"target_modules": ["q_proj", "layers.7.mlp.up_proj"]},
     "module": {"modules_to_save": ["lm_haed"]},
-    "rank": {"rank_pattern": {"q_porj": 2}},
-    "alpha": {"alpha_pattern": {"layers.7.self_attn.q_proj": 2}},
 }
 
 
@@ -293,6 +291,15 @@ def test_names_that_no_module_has_are_refused(wrong, door):
         else:
             get_peft_model(model, config)
     assert torch.equal(outputs(model), before)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_no_module_has_are_named(field):
+    """One pattern may serve several models, so it is no error."""
+    model = qft.quantize(llama(), "nf4", progress=False)
+    pattern = {"q_porj": 2, r"layers\.0\..*_proj": 3}
+    with pytest.warns(qft.QftWarning, match=f"{field} names q_porj, and no module"):
+        qft.wrap(model, LoraConfig(r=4, target_modules="all-linear", **{field: pattern}))
 
 
 def test_names_of_other_methods_are_checked_too():

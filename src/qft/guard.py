@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from qft import marks
-from qft.errors import BadFolder, BadOption, MissingDependency, NoTargets, QftError
+from qft.errors import BadFolder, BadOption, MissingDependency, NoTargets, QftError, QftWarning
 from qft.quiet import without_deprecations
 from qft.selection import READ, default_skips
 
@@ -150,7 +150,7 @@ def check_every_name(model: nn.Module, adapter: PeftConfig) -> None:
     """Refuse names in an adapter's lists that no module has: PEFT passes over them where another one matches.
 
     Raises:
-        NoTargets: a name of `target_modules` or `modules_to_save`, or a key of `rank_pattern` or `alpha_pattern`.
+        NoTargets: a name of `target_modules` or `modules_to_save`.
     """
     modules = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
     targets = getattr(adapter, "target_modules", None)
@@ -161,10 +161,20 @@ def check_every_name(model: nn.Module, adapter: PeftConfig) -> None:
             _refuse_unknown("target_modules", unknown, model)
     saved = [t for t in getattr(adapter, "modules_to_save", None) or () if t not in HEADS]
     _refuse_unknown("modules_to_save", [t for t in saved if not any(m.endswith(t) for m in modules)], model)
-    modules += [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
+
+
+def warn_of_patterns(model: nn.Module, adapter: PeftConfig) -> None:
+    """Warn of keys of `rank_pattern` and `alpha_pattern` that no module has: one pattern may serve several models."""
+    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    names = [name.replace(".base_layer", "") for name in names]
     for field in ("rank_pattern", "alpha_pattern"):
-        keys = getattr(adapter, field, None) or {}
-        _refuse_unknown(field, [k for k in keys if not any(_fits(k, m) for m in modules)], model)
+        unknown = [k for k in getattr(adapter, field, None) or () if not any(_fits(k, name) for name in names)]
+        if unknown:
+            warnings.warn(
+                f"{field} names {', '.join(unknown)}, and no module of this {type(model).__name__} has that name",
+                QftWarning,
+                stacklevel=4,
+            )
 
 
 def _fits(key: str, name: str) -> bool:
