@@ -269,6 +269,7 @@ MISSPELT = {
     "target": {"target_modules": ["q_proj", "q_porj"]},
     "layer": {"target_modules": ["q_proj", "layers.7.mlp.up_proj"]},
     "module": {"modules_to_save": ["lm_haed"]},
+    "number": {"layers_to_transform": [1, 7]},
 }
 
 
@@ -290,6 +291,31 @@ def test_names_that_no_module_has_are_refused(wrong, door):
             model.add_adapter("second", config)
         else:
             get_peft_model(model, config)
+    assert torch.equal(outputs(model), before)
+
+
+@pytest.mark.parametrize("spec", [None, "nf4", "reference"])
+def test_fused_experts_under_target_modules_are_refused(spec):
+    """The lists that fit models with a linear layer an expert leave out the experts where these are fused."""
+    model, config = qwen3_moe(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    with pytest.raises(NoTargets, match=r"experts\.down_proj is a parameter: name it in target_parameters"):
+        if spec is None:
+            qft.quantize_and_wrap(model, "nf4", adapter=config, progress=False)
+        qft.wrap(qft.quantize(model, spec, progress=False), config)
+
+
+@pytest.mark.parametrize("door", ["wrap", "add_adapter"])
+@pytest.mark.parametrize("spec", ["nf4", "reference"])
+def test_parameters_that_no_module_has_are_refused(spec, door):
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.down_proj", "experts.up_porj"])
+    model = (
+        qft.quantize(qwen3_moe(), spec, progress=False)
+        if door == "wrap"
+        else tuned(spec, qwen3_moe, target_modules=["q_proj"])
+    )
+    before = outputs(model)
+    with pytest.raises(NoTargets, match=r"experts\.up_porj.*no module"):
+        qft.wrap(model, config) if door == "wrap" else model.add_adapter("second", config)
     assert torch.equal(outputs(model), before)
 
 
@@ -328,6 +354,29 @@ def test_adapter_files_whose_names_do_not_fit_are_refused(tmp_path, spec, change
     save_file(state, path)
     with pytest.raises(BadFolder, match="does not fit"):
         qft.load(tmp_path / "a", llama())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("name", ["lora", "a", "default"])
+@pytest.mark.parametrize("spec", ["nf4", "reference"])
+def test_adapters_whose_names_are_a_part_of_pefts(tmp_path, spec, name, low_cpu_mem_usage):
+    """PEFT warns of them: their weights may be those of a new adapter after loading."""
+    model = tuned(spec)
+    with_second(model)
+    config = LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj", "up_proj"])
+    if name != "default":
+        model.add_adapter(name, config)
+        fill(model, name, seed=6, size=0.1)
+    model.set_adapter(name)
+    now = outputs(model)
+    qft.save(model, tmp_path / "a")
+    back = qft.load(tmp_path / "a", llama()).eval()
+    assert torch.equal(outputs(back), now)
+    model.save_pretrained(tmp_path / "b", selected_adapters=[name])
+    folder = tmp_path / "b" if name == "default" else tmp_path / "b" / name
+    base = qft.quantize(llama(), spec, progress=False)
+    back = PeftModel.from_pretrained(base, folder, adapter_name=name, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(outputs(back), now)
 
 
 # ---- huggingface/transformers#36051: generation between steps under gradient checkpointing

@@ -16,6 +16,7 @@ from torch import nn
 
 from qft import marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NoTargets, QftError, QftWarning
+from qft.experts import packed_weights
 from qft.quiet import without_deprecations
 from qft.selection import READ, default_skips
 
@@ -158,9 +159,11 @@ def check_every_name(model: nn.Module, adapter: PeftConfig) -> None:
         ends = {f".{name}".split(".", i)[-1] for name in modules for i in range(1, name.count(".") + 2)}
         unknown = [t for t in targets if t not in ends]
         if len(unknown) < len(targets):  # else nothing matches, which has an error of its own
-            _refuse_unknown("target_modules", unknown, model)
+            _refuse_parameters(model, unknown)
+            refuse_unknown("target_modules", unknown, model)
+        refuse_unknown("layers_to_transform", _unknown_layers(modules, adapter), model)
     saved = [t for t in getattr(adapter, "modules_to_save", None) or () if t not in HEADS]
-    _refuse_unknown("modules_to_save", [t for t in saved if not any(m.endswith(t) for m in modules)], model)
+    refuse_unknown("modules_to_save", [t for t in saved if not any(m.endswith(t) for m in modules)], model)
 
 
 def warn_of_patterns(model: nn.Module, adapter: PeftConfig) -> None:
@@ -177,6 +180,18 @@ def warn_of_patterns(model: nn.Module, adapter: PeftConfig) -> None:
             )
 
 
+def _unknown_layers(modules: list[str], adapter: PeftConfig) -> list[str]:
+    """The layers of `layers_to_transform` in which no module is a target."""
+    layers = getattr(adapter, "layers_to_transform", None)
+    unknown = []
+    for layer in [layers] if isinstance(layers, int) else layers or []:
+        alone = copy.copy(adapter)
+        alone.layers_to_transform = [layer]  # type: ignore[attr-defined]
+        if not any(check_target_module_exists(alone, name) for name in modules):
+            unknown.append(str(layer))
+    return unknown if len(unknown) < len(layers if isinstance(layers, list) else [layers]) else []
+
+
 def _fits(key: str, name: str) -> bool:
     """Tell whether a key of a pattern means this name, as `peft.utils.other.get_pattern_key` does."""
     try:
@@ -185,7 +200,19 @@ def _fits(key: str, name: str) -> bool:
         return True
 
 
-def _refuse_unknown(field: str, unknown: list[str], model: nn.Module) -> None:
+def _refuse_parameters(model: nn.Module, names: list[str]) -> None:
+    """Raise `NoTargets` where one of these is the name of a parameter, such as that of fused experts."""
+    known = [name for name, _ in packed_weights(model)] + [name for name, _ in model.named_parameters()]
+    for name in names:
+        hit = next((n for n in known if n.endswith(f".{name}")), None)
+        if hit is not None:
+            raise NoTargets(
+                f"target_modules names {name}, and {hit} is a parameter: name it in target_parameters, or leave it out"
+            )
+
+
+def refuse_unknown(field: str, unknown: list[str], model: nn.Module) -> None:
+    """Raise `NoTargets` where names of a field of an adapter's config are unknown."""
     if unknown:
         raise NoTargets(
             f"{field} names {', '.join(sorted(unknown))}, and no module of this {type(model).__name__} has that name: correct "
