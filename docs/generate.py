@@ -27,7 +27,7 @@ FIGURES = tuple(
     Path(__file__).with_name(name)
     for name in (
         "how_to_start.md", "backends.md", "speed.md", "methods.md", "memory.md", "which_quantizer.md", "concepts.md",
-        "fit_memory.md", "merging.md", "auto.md",
+        "fit_memory.md", "merging.md", "auto.md", "from_peft.md",
     )
 )  # fmt: skip
 TABLES = tables.TABLES | speed_tables.TABLES | memory_tables.TABLES | guide_tables.TABLES

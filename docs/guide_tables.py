@@ -168,6 +168,21 @@ def tuned() -> str:
     return "\n\n".join([_table(head, rows), *notes])
 
 
+def peft_tests() -> str:
+    """What PEFT's own tests came to, from `benchmarks/peft_quantization.py`; not a table but sentences."""
+    found = _read("peft_quantization-cpu.json")
+    runs = found["runs"]
+    counts = {kind: sum(r[kind] for r in runs) for kind in ("passed", "failed", "skipped", "excluded")}
+    names = ", ".join(f"`{r['quantizer']}`" for r in runs)
+    excluded = "; ".join(f"`{name}` ({reason})" for name, reason in found["excluded"].items())
+    text = (
+        f"The tests of PEFT {found['versions']['peft']}'s `{found['file']}`, over small OPT models that `qft.quantize` made "
+        f"with {names}: {counts['passed']} pass, {counts['failed']} fail, and PEFT itself skips {counts['skipped']}. Not "
+        f"counted are the {counts['excluded']} of {excluded}."
+    )
+    return f"{text}\n\n{_about('peft_quantization-cpu.json', found)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "tuned": tuned,
     "choice": choice,
@@ -177,4 +192,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "exports": exports,
     "auto_decisions": auto_decisions,
     "auto_outcome": auto_outcome,
+    "peft_tests": peft_tests,
 }

@@ -245,3 +245,15 @@ def test_results_say_where_they_come_from():
         result = json.loads(file.read_text())
         assert {"device", "versions", "date"} <= result.keys(), file.name
         assert not re.search(r'"/(home|root|work|tmp|Users)/', file.read_text()), file.name
+
+
+def test_what_the_readme_says_of_the_demo_is_what_was_measured():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    results = ROOT / "benchmarks" / "results"
+    quiet, busy = (json.loads((results / f"demo-{name}.json").read_text()) for name in ("cpu", "busy-cpu"))
+    assert (
+        f"all {quiet['steps']} steps took {quiet['seconds']['total']:.0f} s (`benchmarks/results/demo-cpu.json`)"
+        in text
+    )
+    assert busy["steps"] == 1 and busy["dtype"] == "float32" and busy["seconds"]["total"] < 300
+    assert f"took {busy['seconds']['total']:.0f} s for one step (`demo-busy-cpu.json`)" in text

@@ -25,6 +25,7 @@ from peft import (
     LoraConfig,
     OFTConfig,
     OSFConfig,
+    PolyConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     RandLoraConfig,
@@ -34,6 +35,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from transformers import PreTrainedModel
 from twins import dequantized_copy, gradient_error, loss_and_gradients, output_error
 
 import qft
@@ -304,6 +306,18 @@ def test_a_method_that_checkpointing_breaks():
         qft.quantize_and_wrap(model, "nf4", adapter=config, progress=False)
     wrapped = qft.quantize_and_wrap(model, "nf4", adapter=config, use_gradient_checkpointing=False, progress=False)
     assert loss_and_gradients(wrapped)[1]
+
+
+@pytest.mark.parametrize("put_on", [qft.wrap, get_peft_model])
+def test_checkpointing_is_found_without_the_deprecated_property(put_on, monkeypatch):
+    """transformers removes `is_gradient_checkpointing` in its version 6; until then, reading it warns."""
+    config = PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    if put_on is get_peft_model:  # PEFT itself handles prompts there; this one injects layers
+        config = PolyConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", r=4, n_tasks=2, n_skills=2)
+    model = qft.prepare_model_for_kbit_training(quantized("nf4"))
+    monkeypatch.delattr(PreTrainedModel, "is_gradient_checkpointing", raising=False)
+    with refuses(BadOption, "use_gradient_checkpointing=False", model=model):
+        put_on(model, config)
 
 
 @pytest.mark.parametrize("spec", ["nf4", "int8", "reference"])

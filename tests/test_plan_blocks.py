@@ -72,3 +72,44 @@ def test_memory_auto_takes_the_blocks(builder, monkeypatch):
 def test_the_other_granite_is_built_as_planned():
     model = GraniteMoeHybridForCausalLM(granite())
     assert qft.quantize(model, "reference", progress=False)
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
+def sharing(kind, shared):
+    """A config whose last `shared` blocks read keys and values of earlier blocks."""
+    import transformers
+
+    layers = ["sliding_attention", "full_attention"] * 3
+    given = {**SMALL, "layer_types": layers, "num_kv_shared_layers": shared, "vocab_size_per_layer_input": 64}
+    if kind == "Gemma3nTextConfig":
+        given |= {"intermediate_size": [64] * 6, "activation_sparsity_pattern": [0.0] * 6, "laurel_rank": 8}
+    else:
+        given |= {"global_head_dim": 16}
+    return getattr(transformers, kind)(hidden_size_per_layer_input=8, **given)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("kind", ["Gemma3nTextConfig", "Gemma4TextConfig"])
+def test_blocks_that_read_what_earlier_ones_leave_are_planned(kind, shared):
+    few, many = (
+        qft.plan(sharing(kind, shared), "nf4", sequence_length=n, batch_size=1, memory="most").moments["backward"]
+        for n in (256, 512)
+    )
+    assert many["activations"] > 1.9 * few["activations"] > 0
+
+
+def test_llama_4_is_planned():
+    from transformers import Llama4TextConfig
+
+    config = Llama4TextConfig(**{**SMALL, "intermediate_size_mlp": 64, "num_local_experts": 4, "num_hidden_layers": 4})
+    assert qft.plan(config, "nf4", sequence_length=64, batch_size=1).moments["backward"]["activations"] > 0

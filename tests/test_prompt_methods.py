@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import refuses
 from models import gpt2, llama, qwen2
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
@@ -75,3 +76,27 @@ def test_caches_of_a_fixed_size_are_refused(method):
 def test_a_prefix_without_a_cache_is_refused(make):
     with pytest.raises(qft.UnsupportedOperation, match="use_cache=True"):
         steps(learnt(make, "prefix"), IDS, use_cache=False)
+
+
+def falcon():
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, multi_query=True, parallel_attn=True
+    )
+    return FalconForCausalLM(config)
+
+
+def test_a_prefix_that_the_model_cannot_read_is_refused_and_nothing_changes():
+    model = qft.quantize(falcon(), "nf4", progress=False).train()
+    with refuses(qft.UnsupportedOperation, "PREFIX_TUNING", "FalconForCausalLM", model=model):
+        qft.wrap(model, CONFIGS["prefix"]())
+    assert model.training
+    qft.wrap(model, CONFIGS["prompt"]())
+
+
+def test_looking_at_a_prefix_leaves_the_modes_alone():
+    model = qft.quantize(llama(), "nf4", progress=False).train()
+    model.lm_head.eval()
+    wrapped = qft.wrap(model, CONFIGS["prefix"]())
+    assert wrapped.get_base_model().training and not wrapped.get_base_model().lm_head.training

@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 from helpers import refuses
-from models import batch, gpt2, llama, logits, qwen2, relative, t5
+from models import batch, gpt2, llama, logits, qwen2, qwen3_moe, relative, t5
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
+from twins import fill
 
 import qft
 from qft.errors import BadOption, UnsupportedOperation
@@ -374,3 +375,24 @@ def test_a_large_drift_is_not_recommended():
         assert "keep this merge" not in report.recommendation and "KL" in report.recommendation
     report.routes["dequantized"] = qft.merging.Drift(0.2, 0.5, 10)
     assert "keep this merge" not in report.recommendation and "0.2" in report.recommendation
+
+
+@pytest.mark.parametrize("spec", ["nf4", "reference"])
+@pytest.mark.parametrize("names", [["gate_up_proj", "down_proj"], ["down_proj", "gate_up_proj"], ["down_proj"]])
+def test_float_experts_come_back_to_the_bit(spec, names):
+    """PEFT stacks a wrapper for each parameter around one module: none may keep or restore the other's parameter."""
+    model = qft.quantize(qwen3_moe(), spec, skip=["experts"], progress=False)
+    targets = [n for n, _ in model.named_parameters() if n.rpartition(".")[2] in names and "experts" in n]
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=sorted({n.split(".", 3)[3] for n in targets}))
+    wrapped = qft.wrap(model, config).eval()
+    fill(wrapped)
+    before = {k: v.clone() for k, v in wrapped.state_dict().items()}
+    y = logits(wrapped)
+    for _ in range(2):
+        qft.merge(wrapped)
+        assert relative(logits(wrapped), y) < 0.2
+        changed = [k for k, v in wrapped.state_dict().items() if k in before and not torch.equal(v, before[k])]
+        assert sum("experts" in k for k in changed) == len(targets)
+        qft.unmerge(wrapped)
+        assert all(torch.equal(v, before[k]) for k, v in wrapped.state_dict().items())
+    assert torch.equal(logits(wrapped), y)

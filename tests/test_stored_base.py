@@ -158,3 +158,74 @@ def test_what_is_stored_is_read_by_transformers(tmp_path):
     with model.disable_adapter():
         assert relative(logits(base), logits(model)) < 1e-5
     assert json.loads((tmp_path / "qft.json").read_text())["base_stored"] is True
+
+
+def llama4():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        intermediate_size_mlp=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=4,
+    )
+    torch.manual_seed(0)
+    return Llama4ForCausalLM(config)
+
+
+@pytest.mark.parametrize("spec", ["nf4", "int8", "reference"])
+def test_stacked_experts_are_loaded_as_they_are_stored(spec, tmp_path):
+    """transformers takes the experts of Llama 4 apart for bitsandbytes, whatever a folder holds."""
+    from transformers.quantizers import base
+
+    before = dict(base.MODULES_TO_PATCH_FOR_QUANTIZATION)
+    model = qft.quantize_and_wrap(llama4(), spec, progress=False).eval()
+    qft.save(model, tmp_path, base=True)
+    again = qft.load(tmp_path).eval()
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert base.MODULES_TO_PATCH_FOR_QUANTIZATION == before != {}
+
+
+def laguna():
+    from transformers import LagunaConfig, LagunaForCausalLM
+
+    config = LagunaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"] * 2,
+        num_attention_heads_per_layer=[4, 4],
+        mlp_layer_types=["dense", "sparse"],
+    )
+    torch.manual_seed(0)
+    return LagunaForCausalLM(config)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_adapter_names_that_a_renaming_of_transformers_matches_again(base, tmp_path):
+    model = qft.quantize_and_wrap(laguna(), "nf4", progress=False).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    qft.save(model, tmp_path, base=base)
+    again = (qft.load(tmp_path) if base else qft.load(tmp_path, base=laguna())).eval()
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    moved = qft.transfer(model, "nf4", original=laguna())
+    moved = moved[0] if isinstance(moved, tuple) else moved
+    assert "shared_experts" in " ".join(n for n, p in moved.named_parameters() if p.requires_grad)

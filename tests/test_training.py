@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -314,6 +315,22 @@ def test_a_language_model_learns(model, data, tmp_path, changes, monkeypatch):
         ]
     assert sum(sums) / len(sums) == pytest.approx(result.evaluation["eval_loss"], rel=1e-4)  # as many labels in each
     assert json.loads((tmp_path / "out" / "training.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("kind", ["SFTConfig", "Seq2SeqTrainingArguments", "TrainingArguments"])
+def test_the_trainers_get_no_deprecated_option(kind, recompute, tmp_path):
+    """transformers renamed the options for recomputing activations; the old names go in its version 6."""
+    import transformers
+    import trl
+
+    from qft.training.trainers import _checkpointing
+
+    cls = getattr(transformers, kind, None) or getattr(trl, kind)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*checkpointing.* is deprecated", FutureWarning)
+        found = cls(output_dir=str(tmp_path), use_cpu=True, bf16=False, **_checkpointing(recompute))
+    assert {getattr(found, name) for name in _checkpointing(recompute) if "kwargs" not in name} == {recompute}
 
 
 def test_packing_changes_no_loss(model, tmp_path):

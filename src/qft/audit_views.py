@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qft.errors import BadFolder, BadOption, MissingDependency
+from qft.paths import as_path, partial_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -184,11 +185,10 @@ def to_json(audit: Audit, path: str | os.PathLike[str] | None) -> str:
 
 def write(path: str | os.PathLike[str], save: Callable[[Path], Any]) -> None:
     """Have `save` write a file under a temporary name of the same ending, then rename it."""
-    try:
-        final = Path(path)
-    except TypeError:
-        raise BadOption(f"path= is a file's path, not a {type(path).__name__}") from None
-    partial = final.with_name(f".partial-{os.getpid()}-{final.name}")
+    if not isinstance(path, str | os.PathLike):
+        raise BadOption(f"path= is a file's path, not a {type(path).__name__}")
+    final = as_path(path)
+    partial = final.with_name(partial_name(f".partial-{os.getpid()}-", final.name))
     try:
         save(partial)
         os.replace(partial, final)

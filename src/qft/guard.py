@@ -16,7 +16,7 @@ from torch import nn
 
 from qft import marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NoTargets, QftError, QftWarning
-from qft.experts import packed_weights
+from qft.experts import PackedExperts, packed_weights
 from qft.quiet import without_deprecations
 from qft.selection import READ, default_skips
 
@@ -153,7 +153,7 @@ def check_every_name(model: nn.Module, adapter: PeftConfig) -> None:
     Raises:
         NoTargets: a name of `target_modules` or `modules_to_save`.
     """
-    modules = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
+    modules = [n.replace(".base_layer", "") for n, m in model.named_modules() if not isinstance(m, PackedExperts)]
     targets = getattr(adapter, "target_modules", None)
     if not isinstance(targets, str) and targets and set(targets) != _default_targets(model, adapter):
         ends = {f".{name}".split(".", i)[-1] for name in modules for i in range(1, name.count(".") + 2)}

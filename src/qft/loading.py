@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from qft import hf, marks
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError, about
 from qft.experts import as_stack, pack_parameter
 from qft.finite import ResultCheck
-from qft.paths import did_you_mean, is_adapter
+from qft.paths import as_path, did_you_mean, is_adapter
 from qft.quantizer import OnWeight, Quantizer, as_float_dtype, float_weight, is_conv1d, replace_module
 from qft.reading import check_model_config, check_model_folder
 from qft.registry import file_reader, folder_reader, quantizer_of
@@ -241,7 +241,7 @@ def load_quantized(
             kwargs |= _packed(path, cls, kwargs)
     source = None if "state_dict" in kwargs else path
     try:
-        with _quiet(progress):
+        with _quiet(progress), _experts_as_stored(path, cls, kwargs):
             model, info = cls.from_pretrained(source, output_loading_info=True, **kwargs)
         hf.forget_renames(model, kwargs.get("key_mapping") or {})
     except _Stop as stop:
@@ -267,6 +267,29 @@ def load_quantized(
     if complete:
         check_tensors(path, info["missing_keys"], info["unexpected_keys"])
     return model
+
+
+@contextlib.contextmanager
+def _experts_as_stored(path: str, cls: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """Load stacked experts as stacks where the folder stores them so.
+
+    transformers takes the experts of Llama 4 apart for bitsandbytes and compressed-tensors, whatever the folder holds.
+    """
+    from transformers.quantizers import base
+
+    from qft.checkpoints import tensors_of
+
+    apart = base.MODULES_TO_PATCH_FOR_QUANTIZATION
+    stacked = "Llama4" in cls.__name__ and Path(path).is_dir() and "gguf_file" not in options
+    if not stacked or not any(name.endswith("experts.gate_up_proj") for name in tensors_of(path, options)):
+        yield
+        return
+    before = dict(apart)
+    apart.clear()
+    try:
+        yield
+    finally:
+        apart.update(before)
 
 
 def check_finite(model: nn.Module, except_for: Collection[str] = ()) -> None:
@@ -344,7 +367,7 @@ def read_config(path: str, options: Mapping[str, Any]) -> Any:
     """
     import transformers
 
-    where = Path(path, options.get("subfolder") or "")
+    where = as_path(Path(path, options.get("subfolder") or ""))
     if where.is_dir() and not (where / "config.json").is_file() and "gguf_file" not in options:
         if is_adapter(where):
             raise BadFolder(f"{path} holds an adapter and no model: give its base model, or open both with qft.load")

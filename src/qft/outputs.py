@@ -13,10 +13,10 @@ from torch import nn
 from qft.errors import BadFolder
 from qft.loading import model_class, read_config
 from qft.memory.model import weight_bytes
-from qft.paths import check_path
+from qft.paths import as_path, check_path
 from qft.quantizer import as_float_dtype, float_weight
 from qft.registry import get_quantizer
-from qft.saving import as_path, read_note
+from qft.saving import read_note
 from qft.selection import select, settle, target_weights
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 from qft.errors import BadFolder, BadOption
 
+LONGEST_NAME = 255
+"""Bytes of one name in a path, on all common file systems."""
 CONFIGS = {"config.json", "adapter_config.json"}
 
 
@@ -32,6 +36,38 @@ def check_path(path: Any, what: str = "folder", *, hub: bool = True) -> str:
         return text
     hint = ": give the folder of a model or an adapter, or an id of the hub (owner/name)" if hub else ""
     raise BadFolder(f"there is no {what} {text!r}{did_you_mean(here) or hint}")
+
+
+def as_path(path: Any, what: str = "") -> Path:
+    """Return a path that the file system can look at; nothing need be there.
+
+    Args:
+        path: text or a path.
+        what: the start of a message, such as "project_name: ".
+
+    Raises:
+        BadOption: it is not a path. BadFolder: a name is too long for the file system, or holds a zero byte.
+    """
+    try:
+        found = Path(path)
+    except TypeError:
+        raise BadOption(f"{what}give the path of a folder, not a {type(path).__name__}") from None
+    try:
+        os.lstat(found)
+    except ValueError as error:
+        raise BadFolder(f"{what}{str(found)!r} is not a path: {error}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadFolder(f"{what}cannot use {found}: {error.strerror}") from error
+    return found
+
+
+def partial_name(prefix: str, name: str, suffix: str = "") -> str:
+    """Return a temporary name for a file called `name`, of at most `LONGEST_NAME` bytes; a long name becomes its digest."""
+    room = LONGEST_NAME - len(os.fsencode(prefix + suffix))
+    if len(os.fsencode(name)) > room:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32] + os.path.splitext(name)[1][-16:]
+    return f"{prefix}{name}{suffix}"
 
 
 def check_model_path(path: Any) -> str:

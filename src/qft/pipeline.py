@@ -31,7 +31,7 @@ from qft.lora.model import (
     fill_targets,
     targeted,
 )
-from qft.lora.tuners import check_method, recomputes
+from qft.lora.tuners import check_method
 from qft.modes import normal_mode, without_inference_tensors
 from qft.originals import Originals
 from qft.preparing import prepare_model_for_kbit_training
@@ -41,6 +41,7 @@ from qft.quantizing import quantize_as, warn_unused_calibration
 from qft.registry import parse_spec
 from qft.saying import say
 from qft.statistics import StatisticsKind
+from qft.structure import recomputes_activations
 
 
 def default_adapter() -> LoraConfig:
@@ -214,7 +215,7 @@ def _wrap_lora(
 
 
 def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record, forward: str) -> PeftModel:
-    check_method(adapter, record.quantizers.values(), recomputes(model))
+    check_method(adapter, record.quantizers.values(), recomputes_activations(model))
     check_names(model, adapter)
     before, record.forward = record.forward, forward
     try:

@@ -11,6 +11,7 @@ from torch import nn
 
 from qft.errors import UnsupportedOperation
 from qft.generating import Generate
+from qft.saying import one_line
 
 _PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
@@ -68,4 +69,31 @@ def prepare_prompts(model: nn.Module) -> None:
     """Have a PEFT model generate as `PrepareInputs` says, if it is a causal language model with a prompt."""
     Generate.put_on(model.get_base_model())
     if isinstance(model, PeftModelForCausalLM) and any(c.is_prompt_learning for c in model.peft_config.values()):
+        check_prefix(model)
         model.__dict__["prepare_inputs_for_generation"] = PrepareInputs(model)
+
+
+def check_prefix(model: PeftModelForCausalLM) -> None:
+    """Refuse a prefix that the model cannot read, by one token: its cache may have other shapes than PEFT makes.
+
+    Raises:
+        UnsupportedOperation: such as over linear attention, or over heads that share one key.
+    """
+    config, weight = model.active_peft_config, next(model.parameters())
+    if config.peft_type not in _PREFIXES or weight.device.type == "meta":
+        return
+    training = [module for module in model.modules() if module.training]
+    token = torch.ones(1, 1, dtype=torch.long, device=model.get_base_model().get_input_embeddings().weight.device)
+    try:
+        with torch.no_grad():
+            model.eval()
+            model(input_ids=token, attention_mask=torch.ones_like(token))
+    except Exception as error:  # of many kinds, from deep within the model
+        name = type(model.get_base_model()).__name__
+        raise UnsupportedOperation(
+            f"{config.peft_type.value} does not work over {name}, with plain PEFT neither ({one_line(error)}); prompt tuning "
+            "and LoRA do"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True

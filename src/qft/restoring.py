@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,7 @@ from qft.lora.tuners import check_method
 from qft.modes import normal_mode, without_inference_tensors
 from qft.noted import REWRITTEN
 from qft.packed import TensorQuantizer
+from qft.paths import as_path
 from qft.pipeline import is_lora
 from qft.prompts import prepare_prompts
 from qft.quantizer import Quantizer, code_options, float_weight
@@ -39,7 +40,7 @@ from qft.quantizing import quantize_as
 from qft.quiet import without_deprecations
 from qft.reading import read_json_object
 from qft.registry import Spec, get_quantizer, quantizer_of
-from qft.saving import as_path, read_note
+from qft.saving import read_note
 from qft.starts import put_starts, read_starts
 
 SAME_CODES = 1e-3
@@ -273,7 +274,8 @@ def _strict_load():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            yield
+            with names_as_stored():
+                yield
         except (QftError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -283,6 +285,30 @@ def _strict_load():
                 raise BadFolder(f"this adapter does not fit this base: {brief(warning.message)}")
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+@contextmanager
+def names_as_stored() -> Iterator[None]:
+    """Have PEFT rename adapter weights to a model's present names only where they do not have these names already.
+
+    Some of transformers' patterns match what they make: "mlp.shared_expert." with a regular expression's dot matches
+    "mlp.shared_experts" too, as in Laguna and Mistral Large.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    plain = conversion.convert_peft_adapter_state_dict_for_transformers
+
+    def convert(model: nn.Module, peft_config: Any, adapter_state_dict: Any, adapter_name: str = "default") -> Any:
+        present = {n.replace(f".{adapter_name}.", ".") for n, _ in model.named_parameters() if ".lora_" in n}
+        if all(name in present for name in adapter_state_dict if ".lora_" in name):
+            return adapter_state_dict
+        return plain(model, peft_config, adapter_state_dict, adapter_name)
+
+    conversion.convert_peft_adapter_state_dict_for_transformers = convert
+    try:
+        yield
+    finally:
+        conversion.convert_peft_adapter_state_dict_for_transformers = plain
 
 
 def _base_for(folder: Path, base: Any, config: PeftConfig, note: dict[str, Any] | None, kwargs: Any) -> nn.Module:

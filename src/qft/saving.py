@@ -20,6 +20,7 @@ from qft import marks
 from qft.errors import BadFolder, BadOption, QftError, UnsupportedOperation
 from qft.hf import bare_state_dict
 from qft.noted import NOTE, mark_rewritten, note_of
+from qft.paths import as_path, partial_name
 from qft.starts import save_starts
 
 
@@ -32,7 +33,8 @@ def atomic_folder(folder: str | os.PathLike[str], *, drop: Sequence[str] = ()) -
     final = as_path(folder)
     if os.path.exists(final) and not os.path.isdir(final):  # False, too, where looking is not allowed
         raise BadFolder(f"{final} is a file, and a folder is to be written there")
-    host = f".{final.name}.partial-{platform.node()}-"
+    end = f".partial-{platform.node()}-"
+    host = partial_name(".", final.name, end + "0" * 10).removesuffix("0" * 10)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for left in final.parent.glob(f"{glob.escape(host)}*"):  # by a process that was killed
@@ -76,13 +78,6 @@ def _move_in(partial: Path, final: Path, drop: Sequence[str]) -> None:
         for source, target in reversed(done):
             os.replace(target, source)
         raise
-
-
-def as_path(folder: Any) -> Path:
-    try:
-        return Path(folder)
-    except TypeError:
-        raise BadOption(f"give the path of a folder, not a {type(folder).__name__}") from None
 
 
 def _alive(pid: str) -> bool:

@@ -164,3 +164,11 @@ def _numbers_in_config(model: nn.Module) -> set[int]:
             if re.search(r"(num|n)_\w*experts$|num_experts$", key) and type(value) is int and value > 1:
                 found.add(value)
     return found
+
+
+def recomputes_activations(model: nn.Module) -> bool:
+    """Return whether gradient checkpointing is on in any part of `model`.
+
+    It reads the modules' flags: transformers renamed the property for them, and the old name goes in its version 6.
+    """
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -28,10 +28,11 @@ from qft.loading import stored_quantization
 from qft.lora.layer import QftLinear
 from qft.lora.model import check_saved_modules
 from qft.modes import normal_mode
+from qft.paths import as_path
 from qft.quantizing import quantize_as
 from qft.registry import Spec, parse_spec
-from qft.restoring import check_adapter_files
-from qft.saving import as_path, read_note
+from qft.restoring import check_adapter_files, names_as_stored
+from qft.saving import read_note
 from qft.saying import one_line, quiet, say
 from qft.sourcing import adapted, check_source, loaded, original_of_folder, readable
 from qft.weights import Origin, float_twin, is_quantized, linear_weights
@@ -248,7 +249,8 @@ def _wrapped(
             state[f"{prefix}lora_B.weight"] = torch.cat([b, b.new_zeros(len(b), len(fresh) - len(a))], 1)
             layer.starts.update(carried[n].start)
     try:
-        result = set_peft_model_state_dict(model, state, adapter_name=name)
+        with names_as_stored():
+            result = set_peft_model_state_dict(model, state, adapter_name=name)
     except RuntimeError as error:
         raise AdapterMismatch(f"the adapter does not fit the new base: {one_line(error)}") from error
     lost = [*result.unexpected_keys, *(k for k in result.missing_keys if f".{name}." in f"{k}.")]

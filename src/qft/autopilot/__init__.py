@@ -15,7 +15,7 @@ from qft.autopilot.folder import SMOLLM, base_of, check_digests, check_folder, w
 from qft.autopilot.reasons import Decision
 from qft.errors import BadOption, QftWarning, UnsupportedOperation
 from qft.loading import read_config, stored_quantization
-from qft.paths import check_model_path
+from qft.paths import as_path, check_model_path
 
 _UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
 
@@ -135,7 +135,7 @@ def auto(
     for name, value in (("rank", rank), ("steps", steps)):
         if value is not None and (type(value) is not int or value < 1):
             raise BadOption(f"{name}={value!r}; it is an int of at least 1")
-    folder = Path(out).expanduser()
+    folder = as_path(os.path.expanduser(out), "out: ")
     _check_writable(RunFolder(folder))
     asked: dict[str, Any] = {
         "model": SMOLLM if model is None else os.fspath(model), "data": os.fspath(data), "memory": memory, "valid": valid,

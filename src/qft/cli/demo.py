@@ -25,7 +25,13 @@ def command(
     quantizer: Annotated[
         str, typer.Option(help="Its name, with options: 'nf4', 'reference:format=int,bits=3'.")
     ] = "nf4",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 100,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training steps.", show_default="as many as the time allows, at most 100"),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(help="End within this time, by fewer steps and a shorter evaluation; not with --steps.")
+    ] = 5.0,
     model: Annotated[
         str | None, typer.Option(help="A folder or a hub id.", show_default="SmolLM2-135M-Instruct, from a package")
     ] = None,
@@ -51,6 +57,7 @@ def command(
         model,
         quantizer,
         steps=steps,
+        minutes=minutes,
         out=out,
         seed=seed,
         batch_size=batch_size,
@@ -81,6 +88,8 @@ def report(result: DemoResult, console: Console) -> None:
         table,
         f"tuned for {result.steps} step{'s' * (result.steps > 1)} in {tuning:.0f} s: {speed}; {total:.0f} s in all",
     ]
+    if result.sized:
+        lines.append(result.sized)
     if result.gap is not None:
         lines.append(f"gap to the float model tuned identically: {result.gap:.1%}")
     if "tuning peak" in result.nbytes:

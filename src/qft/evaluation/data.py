@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qft.errors import BadFolder, BadOption
+from qft.paths import did_you_mean
 from qft.rows import FORMS, SUFFIXES, Rows, read_rows
 
 KINDS: dict[type, str] = {dict: f"an object with {FORMS}", str: "a text", list: "a list of token ids"}
@@ -41,6 +43,8 @@ def rows(data: Any) -> list[Row]:
     if isinstance(data, str):
         if "\n" not in data and len(data) < 4096 and os.path.exists(data):
             return _of_file(data)
+        if _names_a_file(data):
+            raise BadFolder(f"there is no file or folder {data!r}{did_you_mean(data)}")
         data = [data]
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise BadOption(f"data is a file or rows ({FORMS}), not a {type(data).__name__}")
@@ -48,6 +52,11 @@ def rows(data: Any) -> list[Row]:
     if not found:
         raise BadOption("data has no rows: there is nothing to evaluate on")
     return found
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether a text reads as a path: slashes or a zero byte, and no space."""
+    return bool(text) and not re.search(r"\s", text) and bool({os.sep, "/", "\0"} & set(text))
 
 
 def _of_file(path: Any) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -28,7 +29,7 @@ class ExactMerging:
         """Merge by PEFT's own code into parameters that belong to this layer alone."""
         fresh = self._qft_own is None
         if fresh:
-            self._qft_own = [(m, key, give_own(m, key)) for m, key in _float_parameters(self.get_base_layer())]
+            self._qft_own = [(m, key, give_own(m, key)) for m, key in _merged_parameters(self)]
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         finally:
@@ -62,6 +63,12 @@ def merge_exactly(model: nn.Module) -> None:
         own = isinstance(module, Merging | ViewMerging | ExactMerging | LNTuningLayer)  # LN tuning swaps modules
         if isinstance(module, BaseTunerLayer) and not own and hasattr(module, "base_layer"):
             module.__class__ = _with_exact_merging(type(module))
+
+
+def _merged_parameters(layer: Any) -> list[tuple[nn.Module, str]]:
+    """Parameters that a layer merges into. Wrappers of single parameters may stand around one module: each has its own."""
+    base = layer.get_base_layer()
+    return [(base, layer.parameter_name)] if isinstance(layer, ParamWrapper) else _float_parameters(base)
 
 
 def _float_parameters(base: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -30,6 +30,7 @@ from qft.noted import noted
 from qft.quantizer import Quantizer
 from qft.quiet import quiet_imports
 from qft.selection import linear_targets
+from qft.structure import recomputes_activations
 from qft.ties import check_parting, check_shared_modules, is_tied, settle_tie
 
 BESIDE = frozenset(
@@ -54,12 +55,6 @@ REFUSED = {
 
 UNCHECKPOINTED = frozenset({"CARTRIDGE", "POLY", "PREFIX_TUNING"})
 """Methods that do not work while activations are recomputed in the backward pass."""
-
-
-def recomputes(model: nn.Module) -> bool:
-    """Tell whether a model of transformers recomputes activations in the backward pass; other models do not say."""
-    found = getattr(model, "is_activation_checkpointing", None)  # its older name warns where this one exists
-    return bool(getattr(model, "is_gradient_checkpointing", False) if found is None else found)
 
 
 def check_method(adapter: PeftConfig, quantizers: Iterable[Quantizer], checkpointing: bool = False) -> None:
@@ -92,7 +87,7 @@ class OverQuantized(BaseTuner):
         record = record_of(model)
         if record is not None:  # some tuners do more here than to inject
             config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
-            check_method(config, record.quantizers.values(), recomputes(model))
+            check_method(config, record.quantizers.values(), recomputes_activations(model))
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -218,7 +219,7 @@ def measure(
             leaves.append(x.is_leaf and x.requires_grad)
             kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")}
             if key not in kinds:
-                kinds[key] = (block, (x, *args), kwargs)
+                kinds[key] = (block, _detached((x, *args)), _detached(kwargs))
             seen.setdefault("shared", ledger.live - rounded(x.untyped_storage().nbytes()))
             if last:
                 seen["before"] = ledger.live
@@ -229,7 +230,7 @@ def measure(
         return forward
 
     originals = [b.__dict__.get("forward") for b in blocks]
-    tuples = _tuples(model, blocks, context, (batch, sequence), masked)
+    tuples, shared = _outputs(model, blocks, context, (batch, sequence), masked)
     with fakes(), context:
         _to_fake(model, {id(m) for b in blocks for m in b.modules()})
         for b in blocks:
@@ -251,9 +252,20 @@ def measure(
         for key, (block, args, kwargs) in kinds.items():
             _to_fake(block, set())
             whole = (fast if compiled is None else compiled) and not _has_packed_experts(block)
-            profiles[key] = block_profile(block, args, kwargs, whole)
+            profiles[key] = block_profile(block, args, _with_shared(kwargs, shared), whole)
     head = seen["head"] - seen["before"] + seen["shared"]
     return Measured(tuple(profiles[k] for k in keys), seen["shared"], head, leaves[0])
+
+
+def _detached(value: Any) -> Any:
+    """Tensors as leaves, in containers too: a block is measured after the graph before it is gone."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    if type(value) in (tuple, list):
+        return type(value)(_detached(v) for v in value)
+    if type(value) is dict:
+        return {k: _detached(v) for k, v in value.items()}
+    return value
 
 
 def _has_packed_experts(block: nn.Module) -> bool:
@@ -267,19 +279,33 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
     return type(block), getattr(block, "attention_type", None), _signature(block)
 
 
-def _tuples(model: nn.Module, blocks: list[Any], context: Any, size: tuple[int, int], masked: bool) -> dict[Any, bool]:
-    """Kind of block → whether it returns a tuple: one block of each kind is run on fake tensors, as the model calls it.
+Shared = dict[str, dict[Any, list[tuple[torch.Size, torch.dtype]]]]
+"""Argument → key → shapes of the tensors that blocks leave there for later blocks."""
 
-    Annotations do not tell: Gemma 3's blocks are annotated as returning a tuple, and return a tensor.
+
+def _outputs(
+    model: nn.Module, blocks: list[Any], context: Any, size: tuple[int, int], masked: bool
+) -> tuple[dict[Any, bool], Shared]:
+    """Run one block of each kind on fake tensors, as the model calls it; all blocks where they pass tensors to each other.
+
+    Annotations do not tell: Gemma 3's blocks are annotated as returning a tuple, and return a tensor. Gemma 3n's and 4's
+    later blocks read keys and values that earlier ones put into a mapping.
+
+    Returns:
+        Kind of block → whether it returns a tuple; what blocks leave for others.
     """
     found: dict[Any, bool] = {}
+    shared: Shared = {}
 
     def watched(block: nn.Module, real: Callable[..., Any]) -> Callable[..., Any]:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             key = _kind(block)
-            if key not in found:
+            mappings = {k: v for k, v in kwargs.items() if isinstance(v, MutableMapping)}
+            if key not in found or mappings:
                 y = real(x, *args, **kwargs)
                 found[key] = isinstance(y, tuple)
+                for name, held in mappings.items():
+                    shared[name] = {k: [(t.shape, t.dtype) for t in v] for k, v in held.items() if isinstance(v, tuple)}
                 return y
             return (x,) if found[key] else x
 
@@ -303,7 +329,18 @@ def _tuples(model: nn.Module, blocks: list[Any], context: Any, size: tuple[int, 
                     b.__dict__["forward"] = original
     for b in blocks:
         found.setdefault(_kind(b), _annotated_as_tuple(b))
-    return found
+    return found, shared
+
+
+def _with_shared(kwargs: dict[str, Any], shared: Shared) -> dict[str, Any]:
+    """Arguments with tensors of the shapes that earlier blocks leave for this one."""
+    made = dict(kwargs)
+    for name, held in shared.items():
+        if name in made:
+            made[name] = copy.copy(made[name])
+            for key, shapes in held.items():
+                made[name][key] = tuple(torch.empty(s, dtype=d).requires_grad_(d.is_floating_point) for s, d in shapes)
+    return made
 
 
 def _annotated_as_tuple(block: nn.Module) -> bool:
@@ -314,7 +351,8 @@ def _annotated_as_tuple(block: nn.Module) -> bool:
 def _loss(model: Any, ids: Tensor, fast: bool, mask: dict[str, Tensor], kernel: bool) -> Tensor:
     if not fast:
         return model(input_ids=ids, labels=ids, use_cache=False, **mask).loss
-    base = getattr(model, model.base_model_prefix)
+    base = getattr(model, model.base_model_prefix, None)
+    base = model.model if base is None else base  # Llama 4 names the prefix of its larger model
     hidden = base(input_ids=ids, use_cache=False, **mask)[0]
     head = model.get_output_embeddings()
     flat = hidden.reshape(-1, hidden.shape[-1])

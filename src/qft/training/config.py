@@ -328,7 +328,7 @@ def read_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, i
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte, or text that is not UTF-8
         raise BadFolder(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)

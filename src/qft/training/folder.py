@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.errors import BadFolder, BadOption
+from qft.paths import as_path
 from qft.training.config import TrainConfig, fields
 
 NOTE = "training.json"
@@ -29,7 +30,7 @@ class RunFolder:
     """Where a run writes. A checkpoint has its name only once it is whole; what a killed run left half-written is removed."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser()
+        self.path = as_path(os.path.expanduser(path), "project_name: ")
 
     def note(self) -> dict[str, Any] | None:
         """What `training.json` says, or None without one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -196,11 +197,17 @@ def arguments(prepared: Prepared, run: RunFolder) -> dict[str, Any]:
         "accelerator_config": {"non_blocking": device.type == "cuda"},
         "disable_tqdm": True,
         "report_to": ["tensorboard"] if tensorboard else [],
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        **_checkpointing(config.gradient_checkpointing),
         "remove_unused_columns": False,
         "label_names": ["labels"],
     }
+
+
+def _checkpointing(enabled: bool) -> dict[str, Any]:
+    """Name the options for recomputing activations as the installed transformers does, which renamed them."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: enabled, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def build_trainer(model: nn.Module, prepared: Prepared, run: RunFolder, deadline: float | None = None) -> Any:
