@@ -19,7 +19,8 @@ from qft.backends.unquantized import Unquantized
 from qft.detach import detach_from
 from qft.devices import free_bytes
 from qft.errors import NonFiniteWeights, QftWarning, UnsupportedDevice, UnsupportedOperation
-from qft.experts import as_stack, float_experts, stacks
+from qft.experts import PackedExperts, as_stack, float_experts, stacks
+from qft.generating import Generate
 from qft.hf import unmark
 from qft.lora.experts import QftExperts, chain
 from qft.lora.layer import QftLinear
@@ -204,8 +205,9 @@ class FloatCopy:
 
     def __init__(self, base: nn.Module, dtype: torch.dtype | None, originals: Originals | None):
         self.base, self.dtype = base, dtype
-        self.layers = FloatLayers(dtype, originals)
-        self.on_host = _overflows(base, dtype)
+        floats = dtype or cast_since(base)
+        self.layers = FloatLayers(floats, originals)
+        self.on_host = _overflows(base, floats)
 
     @property
     def weights(self) -> dict[str, WeightMerge]:
@@ -269,6 +271,27 @@ def cast(plain: nn.Module, dtype: torch.dtype) -> None:
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
+
+
+def cast_since(base: nn.Module) -> torch.dtype | None:
+    """The dtype that a model was cast to after it was quantized, which some formats do not note; None if it was not."""
+    layers, others, inside = set(), set(), set()
+    for module in base.modules():
+        if id(module) in inside or isinstance(module, QftExperts):
+            continue
+        handle = _handle(module)
+        if handle is not None:
+            layers.add(handle.dtype)
+        elif isinstance(module, PackedExperts):
+            layers.update(stack.dtype for stack in stacks(module).values())
+        elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            kept = [p for n, p in module.named_parameters() if "base_layer" in n or "original_module" in n]
+            others.update(p.dtype for p in kept if p.is_floating_point())
+        else:
+            others.update(p.dtype for p in module.parameters(recurse=False) if p.is_floating_point())
+            continue
+        inside.update(id(m) for m in module.modules())
+    return next(iter(others)) if len(others) == 1 and layers.isdisjoint(others) else None
 
 
 def float_bytes(base: nn.Module, dtype: torch.dtype | None) -> Counter[torch.device]:
@@ -344,6 +367,7 @@ def _overflows(base: nn.Module, dtype: torch.dtype | None) -> bool:
 def _clean(plain: nn.Module) -> None:
     """Remove what quantizing, wrapping and training left on the copy."""
     unmark(plain)
+    Generate.take_off(plain)
     for name in ("peft_config", "_hf_peft_config_loaded"):
         plain.__dict__.pop(name, None)
     for module in plain.modules():

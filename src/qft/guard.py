@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from qft import marks
-from qft.errors import BadFolder, BadOption, MissingDependency, NoTargets, QftError
+from qft.errors import BadFolder, BadOption, MissingDependency, NoTargets, QftError, QftWarning
+from qft.experts import PackedExperts, packed_weights
 from qft.quiet import without_deprecations
 from qft.selection import READ, default_skips
 
@@ -124,6 +126,106 @@ def check_names(model: nn.Module, adapter: PeftConfig) -> None:
         if not any(check_target_module_exists(adapter, name) for name, _ in model.named_modules()):
             raise NoTargets(f"target_modules={names!r} matches nothing in this {type(model).__name__}")
     check_called(model, adapter)
+
+
+def check_not_nested(model: nn.Module, name: str) -> None:
+    """Refuse to put a new adapter over others that it would be saved without, or under the name of one that is there.
+
+    Raises:
+        BadOption: the model is a `PeftModel`, or its layers have an adapter of this name.
+    """
+    if isinstance(model, PeftModel):
+        raise BadOption("this model has adapters already: model.add_adapter(name, config) adds another")
+    if any(isinstance(m, BaseTunerLayer) and name in m._get_available_adapters() for m in model.modules()):
+        raise BadOption(
+            f"this model has an adapter {name!r} already, whose layers the new one would share: give it another name, or "
+            "delete that one first"
+        )
+
+
+HEADS = frozenset({"classifier", "qa_outputs", "score"})
+"""Names that PEFT adds to `modules_to_save`, whichever of them the model has."""
+
+
+def check_every_name(model: nn.Module, adapter: PeftConfig) -> None:
+    """Refuse names in an adapter's lists that no module has: PEFT passes over them where another one matches.
+
+    Raises:
+        NoTargets: a name of `target_modules` or `modules_to_save`.
+    """
+    modules = [n.replace(".base_layer", "") for n, m in model.named_modules() if not isinstance(m, PackedExperts)]
+    targets = getattr(adapter, "target_modules", None)
+    if not isinstance(targets, str) and targets and set(targets) != _default_targets(model, adapter):
+        ends = {f".{name}".split(".", i)[-1] for name in modules for i in range(1, name.count(".") + 2)}
+        unknown = [t for t in targets if t not in ends]
+        if len(unknown) < len(targets):  # else nothing matches, which has an error of its own
+            _refuse_parameters(model, unknown)
+            refuse_unknown("target_modules", unknown, model)
+        refuse_unknown("layers_to_transform", _unknown_layers(modules, adapter), model)
+    saved = [t for t in getattr(adapter, "modules_to_save", None) or () if t not in HEADS]
+    refuse_unknown("modules_to_save", [t for t in saved if not any(m.endswith(t) for m in modules)], model)
+
+
+def warn_of_patterns(model: nn.Module, adapter: PeftConfig) -> None:
+    """Warn of keys of `rank_pattern` and `alpha_pattern` that no module has: one pattern may serve several models."""
+    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    names = [name.replace(".base_layer", "") for name in names]
+    for field in ("rank_pattern", "alpha_pattern"):
+        unknown = [k for k in getattr(adapter, field, None) or () if not any(_fits(k, name) for name in names)]
+        if unknown:
+            warnings.warn(
+                f"{field} names {', '.join(unknown)}, and no module of this {type(model).__name__} has that name",
+                QftWarning,
+                stacklevel=4,
+            )
+
+
+def _unknown_layers(modules: list[str], adapter: PeftConfig) -> list[str]:
+    """The layers of `layers_to_transform` in which no module is a target."""
+    layers = getattr(adapter, "layers_to_transform", None)
+    unknown = []
+    for layer in [layers] if isinstance(layers, int) else layers or []:
+        alone = copy.copy(adapter)
+        alone.layers_to_transform = [layer]  # type: ignore[attr-defined]
+        if not any(check_target_module_exists(alone, name) for name in modules):
+            unknown.append(str(layer))
+    return unknown if len(unknown) < len(layers if isinstance(layers, list) else [layers]) else []
+
+
+def _fits(key: str, name: str) -> bool:
+    """Tell whether a key of a pattern means this name, as `peft.utils.other.get_pattern_key` does."""
+    try:
+        return re.match(rf"(.*\.)?({key})$", name) is not None
+    except re.error:  # it is refused with the other patterns
+        return True
+
+
+def _refuse_parameters(model: nn.Module, names: list[str]) -> None:
+    """Raise `NoTargets` where one of these is the name of a parameter, such as that of fused experts."""
+    known = [name for name, _ in packed_weights(model)] + [name for name, _ in model.named_parameters()]
+    for name in names:
+        hit = next((n for n in known if n.endswith(f".{name}")), None)
+        if hit is not None:
+            raise NoTargets(
+                f"target_modules names {name}, and {hit} is a parameter: name it in target_parameters, or leave it out"
+            )
+
+
+def refuse_unknown(field: str, unknown: list[str], model: nn.Module) -> None:
+    """Raise `NoTargets` where names of a field of an adapter's config are unknown."""
+    if unknown:
+        raise NoTargets(
+            f"{field} names {', '.join(sorted(unknown))}, and no module of this {type(model).__name__} has that name: correct "
+            "it, or leave it out"
+        )
+
+
+def _default_targets(model: nn.Module, adapter: PeftConfig) -> set[str] | None:
+    """What PEFT takes for a kind of model where the config names no targets: names of several of its variants."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    found = getattr(tuner, "target_module_mapping", {}).get(kind)
+    return None if found is None or isinstance(found, str) else set(found)
 
 
 def check_called(model: nn.Module, adapter: PeftConfig) -> None:

@@ -18,7 +18,7 @@ from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation, about
 from qft.floatcopy import FloatCopy
 from qft.lora.exact import merge_exactly
 from qft.lora.experts import adapted_weights
-from qft.lora.merges import Merging, WeightMerge
+from qft.lora.merges import Merging, WeightMerge, refuse_left_out
 from qft.lora.model import QftLoraModel, all_or_nothing
 from qft.lora.view_merging import ViewMerging, available
 from qft.modes import normal_mode
@@ -185,6 +185,9 @@ def require_float_merge(model: nn.Module) -> None:
     for name, layer in _layers(model):
         with about(name):
             layer.check_complete(() if layer.disable_adapters else _taken(layer), "left out of a merge")
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            refuse_left_out(module)
 
 
 def _require_weights(model: nn.Module, method: str) -> None:

@@ -16,7 +16,7 @@ from qft import hf, marks
 from qft.activations import collect
 from qft.calibration import batches
 from qft.errors import BadOption, NeedsCalibration, QftWarning, UnsupportedOperation
-from qft.guard import as_it_was, check_names, refused_by_peft, rehearse
+from qft.guard import as_it_was, check_every_name, check_names, refused_by_peft, rehearse
 from qft.inits import AdapterInit, InitRun, need_original, resolve_init, settle_auto
 from qft.inits.run import no_statistics
 from qft.lora.exact import merge_exactly
@@ -138,6 +138,7 @@ def check_adapter(model: nn.Module, adapter: LoraConfig) -> None:
     check_config(adapter)
     check_tokens(model, adapter)
     fill_targets(model, adapter)
+    check_every_name(model, adapter)
     check_saved_modules(model, adapter)
     targeted(model, adapter)
     check_groups(model, adapter)
@@ -296,6 +297,7 @@ def quantize_and_wrap(
             check_saved_modules(model, adapter, targets)
         else:
             check_names(model, adapter)
+            check_every_name(model, adapter)
             if getattr(adapter, "modules_to_save", None):
                 check_saved_modules(model, adapter, targets)  # type: ignore[arg-type]
         if model is model_or_path:

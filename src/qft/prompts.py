@@ -10,6 +10,7 @@ from peft import PeftModelForCausalLM, PeftType
 from torch import nn
 
 from qft.errors import UnsupportedOperation
+from qft.generating import Generate
 from qft.saying import one_line
 
 _PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
@@ -66,6 +67,7 @@ def _count_positions(base: nn.Module, made: dict[str, Any]) -> None:
 
 def prepare_prompts(model: nn.Module) -> None:
     """Have a PEFT model generate as `PrepareInputs` says, if it is a causal language model with a prompt."""
+    Generate.put_on(model.get_base_model())
     if isinstance(model, PeftModelForCausalLM) and any(c.is_prompt_learning for c in model.peft_config.values()):
         check_prefix(model)
         model.__dict__["prepare_inputs_for_generation"] = PrepareInputs(model)

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from qft.kept import KeptParameter, give_back, give_own
-from qft.lora.merges import Merging, refuse_training
+from qft.lora.merges import Merging, check_merged
 from qft.lora.view_merging import ViewMerging
 from qft.modes import normal_mode
 
@@ -50,7 +50,7 @@ class ExactMerging:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.merged and not self.disable_adapters:
-            refuse_training(self)
+            check_merged(self)
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qft.errors import NonFiniteWeights, UnsupportedOperation
 from qft.experts import PackedExperts, stacks
 from qft.lora.grouped import ExpertUpdate
-from qft.lora.merges import Merging, WeightMerge, refuse_training
+from qft.lora.merges import Merging, WeightMerge, check_merged
 from qft.quantizer import QuantizedWeight, Quantizer
 
 
@@ -71,7 +71,7 @@ class QftExperts(Merging, ParamWrapper):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.merged:
-            refuse_training(self)
+            check_merged(self)
         updates = [] if self.disable_adapters or self.merged else [
             ExpertUpdate(*self.factors(n), float(self.scaling[n])) for n in self.active_adapters if n in self.lora_A
         ]  # fmt: skip

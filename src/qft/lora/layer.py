@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qft.backends.unquantized import Unquantized
 from qft.kernels import Codebook
 from qft.lora.autograd import Update, lora_linear
-from qft.lora.merges import Merging, WeightMerge, refuse_training
+from qft.lora.merges import Merging, WeightMerge, check_merged
 from qft.lora.operator import Source, Sourced
 from qft.packed import PackedLinear, dequantizer
 from qft.quantizer import QuantizedWeight, Quantizer
@@ -142,7 +142,7 @@ class QftLinear(Sourced, Merging, Linear):
                 self.unmerge()
             return self._base(x)
         if self.merged:
-            refuse_training(self)
+            check_merged(self)
             return self._base(x)
         if adapter_names is not None:
             return self._mixed_batch(x, adapter_names)

@@ -31,12 +31,14 @@ class WeightMerge:
     update_norm: float
 
 
-def refuse_training(layer: Any) -> None:
-    """Refuse a forward pass that would train adapters which are merged: they get no gradient.
+def check_merged(layer: Any) -> None:
+    """Refuse a forward pass over merged weights that would leave an active adapter out, or train a merged one.
 
     Raises:
-        BadOption: the layer is in training mode with gradients, and one of its merged adapters is trainable.
+        BadOption: an adapter is active and not merged, or the layer is in training mode with gradients, and one of its
+            merged adapters is trainable.
     """
+    refuse_left_out(layer)
     if not (layer.training and torch.is_grad_enabled()):
         return
     merged = set(layer.merged_adapters)
@@ -46,6 +48,26 @@ def refuse_training(layer: Any) -> None:
                 f"adapter {', '.join(layer.merged_adapters)} is merged into the weights, so training it would change nothing: "
                 "call qft.unmerge(model) first, or model.eval() to use the merged model"
             )
+
+
+def refuse_left_out(layer: Any) -> None:
+    """Refuse to compute with a layer whose active adapters are merged in part: PEFT leaves the others out.
+
+    Raises:
+        BadOption: an adapter of this layer is active and not merged, while another one is merged.
+    """
+    if not layer.merged or layer.disable_adapters:
+        return
+    left = [name for name in layer.active_adapters if name not in layer.merged_adapters]
+    if not left:
+        return
+    known = layer._get_available_adapters()
+    left = [name for name in left if name in known]
+    if left:
+        raise BadOption(
+            f"adapter {', '.join(left)} is active, and only {', '.join(layer.merged_adapters)} is merged, so the outputs would "
+            "be without it: merge all active adapters, or call qft.unmerge(model) first"
+        )
 
 
 def residual_error(adapter: str, what: str) -> str:

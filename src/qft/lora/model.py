@@ -21,7 +21,8 @@ from torch import nn
 from qft.backends.unquantized import is_float_linear
 from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOperation
 from qft.experts import PackedExperts, as_stack, fused_parameters, packed_weights
-from qft.guard import as_it_was, check_called
+from qft.generating import Generate
+from qft.guard import as_it_was, check_called, check_every_name, check_not_nested, refuse_unknown, warn_of_patterns
 from qft.lora.exact import merge_exactly
 from qft.lora.experts import QftExperts, adaptable, chain, matches
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
@@ -84,11 +85,17 @@ class QftLoraModel(LoraModel):
         record = record_of(model)
         if record is not None:
             config = self.peft_config[adapter_name]
+            check_not_nested(model, adapter_name)
             check_config(config)
             check_tokens(model, config)
+            if not config.inference_mode:  # an adapter that was trained elsewhere computes here what it did there
+                check_every_name(model, config)
+                warn_of_patterns(model, config)
+                if config.target_parameters:
+                    _targeted_parameters(model, config)
             if config.target_modules == "all-linear":
                 config.target_modules = set(all_linear(model, config))
-            elif not config.inference_mode:  # an adapter that was trained elsewhere computes here what it did there
+            elif not config.inference_mode:
                 check_called(model, config)
             check_groups(model, config)
         with quiet_imports():
@@ -99,6 +106,7 @@ class QftLoraModel(LoraModel):
             DequantizedForward.take_off(model)
             if record.forward == "dequantize":
                 DequantizedForward.put_on(model)
+            Generate.put_on(model)
 
     def _create_new_module(self, lora_config, adapter_name, target, **kwargs):
         record = record_of(self.model)
@@ -239,6 +247,7 @@ class QftLoraModel(LoraModel):
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         DequantizedForward.take_off(model)
+        Generate.take_off(model)
         if record is not None and merge:
             settle_tie(model, was_tied=was_tied)
         merges = [m.last_merge for m in layers if m.merged and m.last_merge is not None]
@@ -670,7 +679,7 @@ def _targeted_parameters(model: nn.Module, config: LoraConfig) -> dict[str, int]
     from peft.utils.other import get_pattern_key
 
     shapes = {name: stack.handle.shape for name, stack in packed_weights(model)}
-    others = 0
+    others: list[str] = []
     for where, module in model.named_modules():
         fused = fused_parameters(module)
         for key, parameter in module._parameters.items():
@@ -678,7 +687,7 @@ def _targeted_parameters(model: nn.Module, config: LoraConfig) -> dict[str, int]
             if key in fused:
                 shapes[name] = as_stack(parameter, module.is_transposed).shape
             elif parameter is not None and not isinstance(module, PackedExperts):
-                others += matches(name, config.target_parameters)
+                others += [name] if matches(name, config.target_parameters) else []
     found = {}
     for name, shape in shapes.items():
         if not matches(name, config.target_parameters):
@@ -693,6 +702,8 @@ def _targeted_parameters(model: nn.Module, config: LoraConfig) -> dict[str, int]
             f"target_parameters={sorted(config.target_parameters)} matches no parameter of this model; its fused experts are "
             f"{', '.join(list(shapes)[:4]) or 'none'}"
         )
+    unknown = [t for t in config.target_parameters if not any(matches(name, [t]) for name in [*found, *others])]
+    refuse_unknown("target_parameters", unknown, model)
     return found
 
 

@@ -18,7 +18,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from qft.errors import BadOption, UnsupportedOperation
-from qft.guard import as_it_was, check_called
+from qft.generating import Generate
+from qft.guard import as_it_was, check_called, check_every_name, check_not_nested, warn_of_patterns
 from qft.lora.exact import merge_exactly
 from qft.lora.layer import DequantizedForward
 from qft.lora.model import _quantized, all_or_nothing, check_saved_modules, note_configs, warn_of_loss
@@ -109,7 +110,10 @@ class OverQuantized(BaseTuner):
         record = record_of(model)
         if record is None:
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
+        check_not_nested(model, adapter_name)
         if not self.peft_config[adapter_name].inference_mode:
+            check_every_name(model, self.peft_config[adapter_name])
+            warn_of_patterns(model, self.peft_config[adapter_name])
             check_called(model, self.peft_config[adapter_name])
         native = record.forward == "native"
         with as_it_was(model), quiet_imports(), shown_as_linears(model, native):
@@ -122,6 +126,7 @@ class OverQuantized(BaseTuner):
         DequantizedForward.take_off(model)
         if not native:
             DequantizedForward.put_on(model)
+        Generate.put_on(model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, LinearView):  # unloading
@@ -161,6 +166,7 @@ class OverQuantized(BaseTuner):
             )
             take_off(model)
         DequantizedForward.take_off(model)
+        Generate.take_off(model)
         record = record_of(self.model)
         if record is not None and merge:
             settle_tie(model, was_tied=was_tied)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qft.errors import NonFiniteWeights, UnsupportedOperation
 from qft.guard import brief
 from qft.kept import KeptParameter, give_back, give_own, keep
-from qft.lora.merges import WeightMerge, compare_merge, refuse_training
+from qft.lora.merges import WeightMerge, check_merged, compare_merge
 from qft.lora.view import LinearView
 from qft.modes import normal_mode
 
@@ -125,7 +125,7 @@ class ViewMerging:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.merged and not self.disable_adapters:
-            refuse_training(self)
+            check_merged(self)
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
