@@ -69,7 +69,7 @@ def vendors(session: nox.Session) -> None:
     install_for_tests(session)
     session.install("device-smi", "tokenicer", "logbar", "defuser", "threadpoolctl", "pypcre")
     session.install("--no-deps", "gptqmodel", "autoawq")
-    run_tests(session, "not slow", "tests/test_gptq.py", "tests/test_awq.py")
+    run_tests(session, "not slow", "tests/backends/test_gptq.py", "tests/backends/test_awq.py")
 
 
 @nox.session

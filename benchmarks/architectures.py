@@ -51,14 +51,14 @@ def _work(pipe: Any, options: dict[str, Any]) -> None:
     import transformers
     from architecture_checks import run_class
 
-    from qft import optimizing
+    from qft.optimize import optimize
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     backend = options.pop("compile")
-    optimizing.switches.compile = backend != "off"
-    optimizing.switches.backend = backend
+    optimize.switches.compile = backend != "off"
+    optimize.switches.backend = backend
     while (job := pipe.recv()) is not None:
         pipe.send(run_class(*job, **options))
 

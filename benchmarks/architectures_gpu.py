@@ -242,7 +242,7 @@ def cpu_checks(case: Case, quantizer: str) -> dict[str, Callable[[dict[str, Any]
     import torch
 
     import qft
-    from qft.registry import quantizer_of
+    from qft.core.registry import quantizer_of
 
     def quantizes(s: dict[str, Any]) -> Any:
         s["base"] = model = qft.quantize(case.build(), quantizer, progress=False)

@@ -158,14 +158,14 @@ def serve(name: str, options: argparse.Namespace) -> None:
     import torch
 
     import qft
-    from qft import optimizing
+    from qft.optimize import optimize
 
     cuda = options.device == "cuda"
     task = stacks.Task("hand" if name == "hand" else "qft", options.shape, device=options.device)
     stacks.preload(task)
     sys.stdin.readline()
     stepping.cap_memory(options.cap)
-    optimizing.switches.compile = cuda
+    optimize.switches.compile = cuda
     ready = stacks.build(task)
     if name != "hand":
         try:
@@ -239,21 +239,21 @@ def planned(model: Any, name: str, length: int) -> int:
     """What the plan of the model in memory says of a step with all blocks recomputed, as max_memory_allocated counts."""
     import torch
 
-    from qft import blocks, choosing
+    from qft.optimize import blocks, recompute
 
     fast = name != "hand"
     asks = planned.__dict__.setdefault("asks", None)
     if asks is None:
         away = object() if offloads(name) else None
         plan = blocks.Plan(compiles=fast, loss=object() if fast else None, checkpoints=away)  # type: ignore[arg-type]
-        asks = planned.__dict__["asks"] = choosing.Chooser("auto", model.get_base_model(), plan)
+        asks = planned.__dict__["asks"] = recompute.Chooser("auto", model.get_base_model(), plan)
     used = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    return used + asks._adds(choosing.Size(1, length, False, not fast), 0)
+    return used + asks._adds(recompute.Size(1, length, False, not fast), 0)
 
 
 def say_largest(model: Any, name: str, total: int, options: argparse.Namespace) -> None:
     """The largest length whose plan fits, by bisection, and the plans of those that will be tried and fit."""
-    from qft.memory import needed
+    from qft.memory.report import needed
 
     low, high, plans = 0, options.first, []
     while high <= options.last and needed(plan := planned(model, name, high)) <= total:
@@ -275,7 +275,7 @@ def plot(found: dict[str, Any], path: Path) -> Path:
     matplotlib.rcParams["svg.hashsalt"] = "qft"  # the same figures give the same file
     from matplotlib import pyplot
 
-    from qft.memory import memory_of
+    from qft.memory.report import memory_of
 
     rows = [r for r in found["runs"] if "peak_gib" in r]
     if not rows:  # tried out on a CPU

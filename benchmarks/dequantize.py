@@ -28,8 +28,8 @@ from qft.backends.gptq import GPTQ
 from qft.backends.hqq import HQQ
 from qft.backends.quanto import Quanto
 from qft.backends.reference import Reference
-from qft.kernels import launch as launching
-from qft.kernels.launch import CONFIGS
+from qft.ops.kernels import launch as launching
+from qft.ops.kernels.launch import CONFIGS
 
 SHAPES = ((4096, 14336), (14336, 4096))
 CALLS, ROUNDS, COLD = 20, 5, 200e6

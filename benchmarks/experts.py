@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import qft
-from qft.experts import ExpertsForward
+from qft.core.experts import ExpertsForward
 
 SHAPES: dict[str, dict[str, int]] = {
     "30b-a3b": {
@@ -126,7 +126,7 @@ def build(config: dict[str, int], spec: str, device: torch.device) -> nn.Module:
     model.model.layers = blocks
     record.quantizers = quantizers
     record.left["lm_head"] = "the output head"
-    qft.hf.mark(model, record)
+    qft.core.transformers_quantizer.mark(model, record)
     return model.eval()
 
 

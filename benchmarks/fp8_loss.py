@@ -23,8 +23,8 @@ import torch
 from peft import LoraConfig
 
 import qft
-from qft import optimizing
-from qft.lora import float8
+from qft.ops import float8
+from qft.optimize import optimize
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--emulate", action="store_true")
     options = parser.parse_args()
     if options.emulate:
-        float8.emulated, optimizing.switches.compile = True, False
+        float8.emulated, optimize.switches.compile = True, False
     device = torch.device("cuda" if torch.cuda.is_available() and not options.emulate else "cpu")
     plain, tokenizer = smollm.load(options.model, device, torch.bfloat16)
     tokens = tokenizer(smollm.text(options.text), return_tensors="pt", verbose=False).input_ids[0]

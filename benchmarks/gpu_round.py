@@ -25,10 +25,14 @@ ROOT = HERE.parent
 JOBS: dict[str, tuple[int, str]] = {
     "tests": (
         200,
-        "-m pytest -q -m gpu -n 8 --dist loadscope tests/test_loss.py tests/test_optimizing.py tests/test_kernels_float8.py "
-        "tests/test_fp8_compute.py tests/test_offload.py tests/test_choosing.py",
+        "-m pytest -q -m gpu -n 8 --dist loadscope tests/ops/test_loss.py tests/optimize/test_optimizing.py "
+        "tests/ops/test_kernels_float8.py "
+        "tests/ops/test_fp8_compute.py tests/optimize/test_offload.py tests/optimize/test_choosing.py",
     ),
-    "tests-road": (150, "-m pytest -q -m gpu tests/test_training.py tests/test_auto.py tests/test_trainers.py"),
+    "tests-road": (
+        150,
+        "-m pytest -q -m gpu tests/training/test_training.py tests/autopilot/test_auto.py tests/training/test_trainers.py",
+    ),
     "step": (
         240,
         "benchmarks/train_step.py --shape 8b --cap 80GB --profile --timeout 100 --stacks hand,qft,qft@none,qft@auto,"
@@ -57,8 +61,9 @@ JOBS: dict[str, tuple[int, str]] = {
     "plan": (300, "benchmarks/memory_plan.py --jobs 4 --timeout 280 --out {out}/memory_plan.json"),
     "tests-formats": (
         240,
-        "-m pytest -q -m gpu -n 8 --dist loadscope tests/test_gpu.py tests/test_sinq.py tests/test_compressed_tensors.py "
-        "tests/test_aqlm.py tests/test_inc.py",
+        "-m pytest -q -m gpu -n 8 --dist loadscope tests/project/test_gpu.py tests/backends/test_sinq.py "
+        "tests/backends/test_compressed_tensors.py "
+        "tests/backends/test_aqlm.py tests/backends/test_inc.py",
     ),
     "score": (280, "benchmarks/tuned_score.py {smollm} --out {out}/tuned_score.json"),
 }

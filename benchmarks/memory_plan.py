@@ -31,8 +31,8 @@ import torch
 from peft import LoraConfig
 
 import qft
-from qft import optimizing
-from qft.memory import moments
+from qft.memory import estimate
+from qft.optimize import optimize
 
 GIB = 1024**3
 LARGE: dict[str, dict[str, Any]] = {
@@ -133,7 +133,7 @@ def serve(numbers: list[int], tiny: bool, device: str, steps: int) -> None:
         flush=True,
     )
     sys.stdin.readline()
-    optimizing.switches.compile = device == "cuda"
+    optimize.switches.compile = device == "cuda"
     model = made(numbers[0], tiny, device)
     for i, row in zip(numbers, rows, strict=True):
         try:
@@ -151,7 +151,7 @@ def serve(numbers: list[int], tiny: bool, device: str, steps: int) -> None:
 
 def replan(path: Path) -> None:
     """Put the plans of today's code beside the peaks of a file."""
-    moments.find_spec = lambda name: name
+    estimate.find_spec = lambda name: name
     document = json.loads(path.read_text(encoding="utf-8"))
     for i, row in enumerate(document["runs"]):
         if "peak_gib" in row:

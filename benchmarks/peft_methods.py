@@ -44,9 +44,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qft
+from qft.core.registry import _entries, quantizer_of
 from qft.lora.tuners import UNCHECKPOINTED
 from qft.lora.view import LinearView
-from qft.registry import _entries, quantizer_of
 
 SPECS = {
     "aqlm": "aqlm:num_codebooks=2,nbits_per_codebook=6,rounds=1,beam=2",

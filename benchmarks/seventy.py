@@ -29,7 +29,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import qft
-from qft import optimizing
+from qft.optimize import optimize
 
 GIB = 2**30
 SPEC = "nf4:double_quant=true"
@@ -142,7 +142,7 @@ def run(name: str, model: Any, options: Any) -> dict[str, Any]:
         optimizer="adamw8bit" if cuda else "adamw", offload=how["offload"],
     )  # fmt: skip
     if weights:
-        found["resident"] = optimizing.switches.resident = plan.resident if options.shape != "tiny" else 2
+        found["resident"] = optimize.switches.resident = plan.resident if options.shape != "tiny" else 2
     found |= {"plan_gib": plan.training_peak / GIB, "plan_host_gib": plan.host / GIB, "moment": plan.moment}
     found["fits"] = plan.fits(how["limit"])
     found["plan_s"] = time.perf_counter() - start
@@ -195,8 +195,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    optimizing.switches.compile = not options.no_compile
-    optimizing.switches.offload_on_cpu = options.device == "cpu"
+    optimize.switches.compile = not options.no_compile
+    optimize.switches.offload_on_cpu = options.device == "cpu"
     rows: list[dict[str, Any]] = []
     model, there = None, None
     for name in options.runs:

@@ -68,20 +68,22 @@ def child(options: argparse.Namespace) -> None:
     from peft import LoraConfig
 
     import qft
-    from qft import demo, optimizing
+    from qft.autopilot.packaged_model import PACKAGED_MODEL, find_model, load_model, load_tokenizer
+    from qft.cli import _demo
+    from qft.optimize import optimize
 
-    optimizing.switches.compile = False  # the C++ compiler is another process, whose memory is not the training's
+    optimize.switches.compile = False  # the C++ compiler is another process, whose memory is not the training's
     torch.set_num_threads(options.threads)
     started = psutil.Process().memory_info().rss
-    source, start = demo._find_model(None), time.perf_counter()
-    dtype = demo._fastest_dtype(torch.device("cpu"))
-    model = demo._load_model(source, dtype, torch.device("cpu"))
+    source, start = find_model(None), time.perf_counter()
+    dtype = _demo._fastest_dtype(torch.device("cpu"))
+    model = load_model(source, dtype, torch.device("cpu"))
     floats = sum(p.numel() * p.element_size() for p in model.parameters())
     adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = qft.quantize_and_wrap(model, "nf4", adapter=adapter, progress=False)
     model = qft.optimize_training(model, memory=f"{limit}B").train()
     loaded, ready_peak = time.perf_counter() - start, peak()
-    rows = demo._text(demo._load_tokenizer(source), options.sequence, options.batch)[1]
+    rows = _demo._text(load_tokenizer(source), options.sequence, options.batch)[1]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     times, losses = [], []
     for i in range(options.steps):
@@ -99,7 +101,7 @@ def child(options: argparse.Namespace) -> None:
     )  # fmt: skip
     found: dict[str, Any] = {
         **smollm.about(),
-        "model": demo.PACKAGED_MODEL,
+        "model": PACKAGED_MODEL,
         "quantizer": "nf4",
         "rank": 16,
         "dtype": str(dtype).removeprefix("torch."),
@@ -124,7 +126,7 @@ def child(options: argparse.Namespace) -> None:
 
 
 def kept(model: Any) -> int:
-    from qft.blocks import BlockForward
+    from qft.optimize.blocks import BlockForward
 
     plans = [f.plan for m in model.modules() if isinstance(f := m.__dict__.get("forward"), BlockForward)]
     return len(plans[0].keeps or ())

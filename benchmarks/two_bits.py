@@ -28,8 +28,8 @@ import transformers
 from torch import Tensor, nn
 
 import qft
-from qft.activations import collect
-from qft.calibration import batches
+from qft.data.calibration import batches
+from qft.data.collect import collect
 
 SPECS = (
     "aqlm",

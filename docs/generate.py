@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import qft
-from qft.quantizer import DERIVED, Capabilities
-from qft.registry import ENTRY_POINTS
+from qft.core.quantizer import DERIVED, Capabilities
+from qft.core.registry import ENTRY_POINTS
 
 sys.path.insert(0, str(Path(__file__).parent))
 import guide_tables

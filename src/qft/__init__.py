@@ -6,15 +6,18 @@
 
 import typing as _typing
 
-from qft import quiet as _quiet
+from qft.core import console as _quiet
 
 with _quiet.hushed():  # PEFT imports the backends that are installed, and some of them log on import
     import peft as _peft  # noqa: F401
 
-from qft import errors
-from qft.audit import Audit, audit
-from qft.calibration import Calibration
-from qft.carrying import TransferReport
+
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities, QuantizedWeight, Quantizer
+from qft.core.registry import QuantizerInfo, available_quantizers, capabilities, get_quantizer, register_quantizer
+from qft.core.version import __version__ as __version__
+from qft.data.calibration import Calibration
+from qft.data.statistics import Statistics
 from qft.errors import (
     AdapterMismatch,
     AlreadyQuantized,
@@ -33,29 +36,23 @@ from qft.errors import (
     UnsupportedDevice,
     UnsupportedOperation,
 )
-from qft.exporting import export
-from qft.inits import QERA, AdapterInit, InitReport, LoftQ, OLoRA, PiSSA, QERAFull, register_init
-from qft.merging import MergeReport, merge, merge_to_float, unmerge
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.pipeline import quantize_and_wrap, wrap
-from qft.preparing import prepare_model_for_kbit_training
-from qft.quantizer import Capabilities, QuantizedWeight, Quantizer
-from qft.quantizing import quantize
-from qft.registry import (
-    QuantizerInfo,
-    available_quantizers,
-    capabilities,
-    get_quantizer,
-    register_quantizer,
-)
-from qft.restoring import load
-from qft.saving import save
-from qft.statistics import Statistics
-from qft.transferring import transfer
+from qft.lora.inits import QERA, AdapterInit, InitReport, LoftQ, OLoRA, PiSSA, QERAFull, register_init
+from qft.lora.merging.merge import merge, merge_to_float, unmerge
+from qft.lora.merging.report import MergeReport
+from qft.pipeline.audit.measure import audit
+from qft.pipeline.audit.result import Audit
+from qft.pipeline.prepare import prepare_model_for_kbit_training
+from qft.pipeline.quantize import quantize
+from qft.pipeline.wrap import quantize_and_wrap, wrap
+from qft.saving.export import export
+from qft.saving.load import load
+from qft.saving.save import save
+from qft.saving.transfer import transfer
+from qft.saving.transfer_weight import TransferReport
 
 if _typing.TYPE_CHECKING:
-    from qft import testing
-    from qft.autopilot import AutoResult, auto
+    from qft.autopilot.auto import auto
+    from qft.autopilot.result import AutoResult
     from qft.backends.aqlm import AQLM
     from qft.backends.auto_round import AutoRound
     from qft.backends.awq import AWQ
@@ -73,15 +70,15 @@ if _typing.TYPE_CHECKING:
     from qft.backends.reference import Reference
     from qft.backends.sinq import SINQ
     from qft.backends.torchao import TorchAO
-    from qft.doctoring import Doctor, doctor
+    from qft.core.doctor import Doctor, doctor
+    from qft.data.packing import PackingCollator
     from qft.evaluation import Evaluation, evaluate
-    from qft.memory import Plan, plan
-    from qft.optimizing import optimize_training, unoptimize
-    from qft.packing import PackingCollator
+    from qft.memory.plan import plan
+    from qft.memory.report import Plan
+    from qft.optimize.optimize import optimize_training, unoptimize
     from qft.training.config import TrainConfig
     from qft.training.run import TrainResult, train
 
-__version__ = "0.1.0"
 
 __all__ = [
     "AQLM",
@@ -174,7 +171,7 @@ __all__ = [
 _LAZY = {
     "AQLM": "qft.backends.aqlm",
     "AWQ": "qft.backends.awq",
-    "AutoResult": "qft.autopilot",
+    "AutoResult": "qft.autopilot.result",
     "AutoRound": "qft.backends.auto_round",
     "BitNet": "qft.backends.bitnet",
     "CompressedTensors": "qft.backends.compressed_tensors",
@@ -187,8 +184,8 @@ _LAZY = {
     "INC": "qft.backends.inc",
     "MXFP4": "qft.backends.mxfp4",
     "Quanto": "qft.backends.quanto",
-    "PackingCollator": "qft.packing",
-    "Plan": "qft.memory",
+    "PackingCollator": "qft.data.packing",
+    "Plan": "qft.memory.report",
     "Reference": "qft.backends.reference",
     "SINQ": "qft.backends.sinq",
     "TorchAO": "qft.backends.torchao",
@@ -196,15 +193,15 @@ _LAZY = {
     "TrainResult": "qft.training.run",
     "BitsAndBytes4bit": "qft.backends.bnb",
     "BitsAndBytes8bit": "qft.backends.bnb",
-    "Doctor": "qft.doctoring",
-    "auto": "qft.autopilot",
-    "doctor": "qft.doctoring",
+    "Doctor": "qft.core.doctor",
+    "auto": "qft.autopilot.auto",
+    "doctor": "qft.core.doctor",
     "evaluate": "qft.evaluation",
-    "optimize_training": "qft.optimizing",
-    "plan": "qft.memory",
+    "optimize_training": "qft.optimize.optimize",
+    "plan": "qft.memory.plan",
     "testing": "qft.testing",
     "train": "qft.training.run",
-    "unoptimize": "qft.optimizing",
+    "unoptimize": "qft.optimize.optimize",
 }
 
 

@@ -60,7 +60,7 @@ def check_digests(folder: Path, note: dict[str, Any], prepared: Any) -> None:
 
 
 def write_note(folder: Path, note: dict[str, Any]) -> None:
-    from qft.audit_views import write
+    from qft.core.files import write
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,19 +80,19 @@ def base_of(model: str, folder: Path, dry_run: bool) -> Iterator[str]:
     import torch
     from transformers import AutoConfig
 
-    from qft import demo
-    from qft.saving import atomic_folder
+    from qft.autopilot.packaged_model import find_model, load_model, load_tokenizer, quiet_transformers
+    from qft.core.files import atomic_folder
 
-    source, base = demo._find_model(None), folder / "base"
+    source, base = find_model(None), folder / "base"
     if dry_run and not (base / "config.json").is_file():
         with tempfile.TemporaryDirectory() as place:
             AutoConfig.from_pretrained(source.path, gguf_file=source.gguf_file).save_pretrained(place)
-            demo._load_tokenizer(source).save_pretrained(place)
+            load_tokenizer(source).save_pretrained(place)
             yield place
         return
     if not (base / "config.json").is_file():
         log.info("writing SmolLM2's weights as floats into %s", base)
-        with demo._quiet_transformers(), atomic_folder(base) as partial:
-            demo._load_model(source, torch.float32, torch.device("cpu")).save_pretrained(partial)
-            demo._load_tokenizer(source).save_pretrained(partial)
+        with quiet_transformers(), atomic_folder(base) as partial:
+            load_model(source, torch.float32, torch.device("cpu")).save_pretrained(partial)
+            load_tokenizer(source).save_pretrained(partial)
     yield str(base)

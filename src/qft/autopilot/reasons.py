@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qft.memory import GIB, Plan
+from qft.memory.report import GIB, Plan
 
 if TYPE_CHECKING:
     from qft.training.setup import Prepared

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qft.audit_views import size
+from qft.core.console import size
 from qft.evaluation.report import Report, check_writable
 
 if TYPE_CHECKING:
-    from qft.autopilot import AutoResult
+    from qft.autopilot.result import AutoResult
 
 STAGES = {
     "before": "before: the float model",

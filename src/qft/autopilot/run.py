@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qft.autopilot.choice import Choice, Decision
-from qft.opening import open_model
+from qft.autopilot.decide import Choice, Decision
+from qft.saving.open import open_model
 from qft.training.setup import Prepared
 
 WARM_UP, TIMED = 1, 3
@@ -110,11 +110,11 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
     Args:
         deadline: of `time.perf_counter()`: training ends when only the note's reserve is left until then.
     """
-    import qft
-    from qft.autopilot import AutoResult
     from qft.autopilot.report import write_report
+    from qft.autopilot.result import AutoResult
     from qft.training.config import TrainConfig
     from qft.training.models import float_dtype
+    from qft.training.run import train
 
     config = TrainConfig.from_dict(note["config"]).replace(progress=prepared.config.progress)
     seconds = dict(note["seconds"])
@@ -123,7 +123,7 @@ def finish(prepared: Prepared, note: dict[str, Any], folder: Path, resumed: bool
         config = config.replace(max_seconds=max(LEAST_SECONDS, deadline - began - note["reserve"]))
     if prepared.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(prepared.device)
-    trained = qft.train(config)
+    trained = train(config)
     seconds["train and merge"] = time.perf_counter() - began
     assert trained.adapter is not None and trained.merged is not None
     nbytes = {"planned for a training step": int(note["planned"])}

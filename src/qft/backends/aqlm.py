@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qft import additive, feedback, kernels
+from qft.backends.algorithms import additive, feedback
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities
 from qft.errors import BadFolder, BadOption, BadShape, UnsupportedOperation
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities
+from qft.ops import kernels
 
 LARGEST = 2.0**20
 """Of a weight's absolute values: scales and codebooks, which share their size, may be float16, which ends at 65504."""
@@ -27,7 +28,8 @@ class AQLM(TensorQuantizer):
     """Additive quantization (AQLM, arXiv 2401.06118), in the layout of the `aqlm` package, which ships no quantizer.
 
     A group of `out_group_size` rows by `in_group_size` columns is the sum of one vector from each codebook, times a
-    scale that a row of groups shares. Codes, codebooks and scales are fitted to what the layer reads (`qft.additive`),
+    scale that a row of groups shares. Codes, codebooks and scales are fitted to what the layer reads
+    (`qft.backends.algorithms.additive`),
     by data that went through the blocks before, quantized already; no package is needed, and what the paper does after
     that, tuning whole blocks, is left to adapters. Without statistics, as in a merge, errors of all weights count alike.
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qft.core.console import quiet_import
+from qft.core.packed import PackedLinear
 from qft.errors import MissingDependency, UnsupportedOperation
-from qft.packed import PackedLinear
-from qft.quiet import quiet_import
 
 REQUIREMENT = "aqlm>=1.1.6,<1.2"
 

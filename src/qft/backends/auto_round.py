@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qft.backends.awq import AWQ
 from qft.backends.gptq import GPTQ, natural
+from qft.core.packed import PackedLinear
+from qft.core.quantizer import Capabilities, Quantizer
 from qft.errors import BadOption
-from qft.packed import PackedLinear
-from qft.quantizer import Capabilities, Quantizer
 
 _GPTQ = {
     "auto_round:auto_gptq": "gptq",

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from qft import kernels
-from qft.bits import pack_bits, unpack_bits
+from qft.backends.algorithms.feedback import doubt, nearest, with_feedback
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities
 from qft.errors import BadOption, BadShape, UnsupportedOperation
-from qft.feedback import doubt, nearest, with_feedback
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities
+from qft.ops import kernels
+from qft.ops.bits import pack_bits, unpack_bits
 
 BITS, TOP, MIDDLE = 4, 15, 8
 
@@ -64,7 +64,8 @@ class AWQ(TensorQuantizer):
     range, down to 0.55, the one with the least E[x²]-weighted error. It does not have AWQ's channel scales. Those change
     the operations before a layer (a norm's gain, the rows of another weight), so that the model would no longer fit
     the float one: adapters, merges over the original weights and starts that were made over one would be wrong over
-    the other. What the scales would spare is spared by rounding with error feedback instead (`qft.feedback`, GPTQ's
+    the other. What the scales would spare is spared by rounding with error feedback instead
+    (`qft.backends.algorithms.feedback`, GPTQ's
     Algorithm 1), over statistics of a block whose predecessors are quantized already. Checkpoints that hold AWQ's own
     scales are read, trained and merged like any others: theirs are part of their float tensors.
 

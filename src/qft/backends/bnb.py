@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from qft import kernels
+from qft.core.packed import PackedLinear, TensorQuantizer, dequantizer
+from qft.core.quantizer import Capabilities, QuantizedWeight, Quantizer, as_dtype, float_weight
 from qft.errors import BadOption, QftWarning
-from qft.lora.autograd import lora_linear
-from qft.packed import PackedLinear, TensorQuantizer, dequantizer
-from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, as_dtype, float_weight
+from qft.ops import kernels
+from qft.ops.linear import lora_linear
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEVICES = frozenset({"cpu", "cuda", "xpu"})

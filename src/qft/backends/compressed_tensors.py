@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from qft import kernels
 from qft.backends import compressed_config
-from qft.bits import in_blocks, out_of_blocks, pack_bits, scales_for_rows, times_blocks, unpack_bits
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities, Quantizer
 from qft.errors import BadFolder, BadOption, BadShape
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities, Quantizer
+from qft.ops import kernels
+from qft.ops.bits import in_blocks, out_of_blocks, pack_bits, scales_for_rows, times_blocks, unpack_bits
 
 OPEN = (128, 64, 32)
 """Tried in this order where a group size is left open."""

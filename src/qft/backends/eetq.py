@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qft import kernels
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities
 from qft.errors import BadFolder, BadOption, BadShape, UnsupportedOperation
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities
+from qft.ops import kernels
 
 TILE = 64
 """The kernel's layout holds tiles of 64 inputs and 64 outputs."""

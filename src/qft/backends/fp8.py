@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from qft import kernels
-from qft.bits import in_blocks, out_of_blocks, scales_for_rows, times_blocks
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities
 from qft.errors import BadOption, UnsupportedOperation
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities
+from qft.ops import kernels
+from qft.ops.bits import in_blocks, out_of_blocks, scales_for_rows, times_blocks
 
 BLOCKS = (128, 64, 32)
 """Tried in this order where the size of blocks is left open."""

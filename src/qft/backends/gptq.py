@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from qft import kernels
-from qft.bits import pack_bits, unpack_bits
+from qft.backends.algorithms.feedback import doubt, nearest, with_feedback
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities
 from qft.errors import BadFolder, BadOption, BadShape, QftWarning, UnsupportedOperation
-from qft.feedback import doubt, nearest, with_feedback
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities
+from qft.ops import kernels
+from qft.ops.bits import pack_bits, unpack_bits
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 """What the format's readers take; -1 is one group a row."""

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from qft import kernels
-from qft.bits import codes_per_word, in_groups, pack_rows, unpack_rows
+from qft.backends.algorithms.sinkhorn import column_scales
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities, QuantizedWeight
 from qft.errors import BadFolder, BadOption, BadShape, QftError, UnsupportedOperation
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities, QuantizedWeight
-from qft.sinkhorn import column_scales
+from qft.ops import kernels
+from qft.ops.bits import codes_per_word, in_groups, pack_rows, unpack_rows
 
 BITS = (1, 2, 3, 4, 8)
 GROUP_SIZES = (128, 64, 32)

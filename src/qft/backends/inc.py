@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from qft import kernels
+from qft.backends.algorithms.feedback import doubt, with_feedback
 from qft.backends.inc_codes import (
     INPUT_HEADROOM,
     WEIGHT_HEADROOM,
@@ -29,10 +29,10 @@ from qft.backends.inc_codes import (
     to_nf4,
     unpack_fields,
 )
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities, QuantizedWeight
 from qft.errors import BadOption, BadShape, UnsupportedOperation
-from qft.feedback import doubt, with_feedback
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities, QuantizedWeight
+from qft.ops import kernels
 
 _WEIGHT_ONLY = "neural_compressor.torch.algorithms.weight_only"
 _FP8 = "neural_compressor.torch.algorithms.fp8_quant"
@@ -170,7 +170,7 @@ class INC(TensorQuantizer):
         if self.method == "hqq":
             from qft.backends.inc_layers import solved
 
-            return solved(weight, self.bits or 4, size)
+            return solved(weight, self.bits or 4, size, INC.foreign_types[2])
         if self.method == "nf4":
             fields, scale = to_nf4(weight, size)
             return {"qweight": pack_fields(fields, 4), "scales": scale}
@@ -310,4 +310,4 @@ class INC(TensorQuantizer):
     def converted(cls, module: nn.Module) -> PackedLinear:
         from qft.backends.inc_layers import taken_over
 
-        return taken_over(module)
+        return taken_over(module, INC)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qft.backends.inc import INC
 from qft.backends.inc_codes import packed_integers
+from qft.core.console import quiet_import
+from qft.core.packed import PackedLinear
+from qft.core.quantizer import _installed
 from qft.errors import BadOption, MissingDependency, UnsupportedOperation
-from qft.packed import PackedLinear
-from qft.quantizer import _installed
-from qft.quiet import quiet_import
 
 REQUIREMENT = "neural-compressor-pt>=3.8,<4"
 
@@ -46,10 +45,10 @@ def _silent() -> Iterator[None]:
         logging.disable(was)
 
 
-def solved(weight: Tensor, bits: int, size: int) -> dict[str, Tensor]:
+def solved(weight: Tensor, bits: int, size: int, layer: str) -> dict[str, Tensor]:
     """Codes and constants of INC's HQQ, as its layers keep them in float16, with `quant_zero=False`."""
     check_package()
-    hqq = quiet_import(INC.foreign_types[2].rpartition(".core.")[0])
+    hqq = quiet_import(layer.rpartition(".core.")[0])
     core = quiet_import(f"{hqq.__name__}.core")
     config = hqq.QTensorConfig(nbits=bits, channel_wise=True, group_size=size, optimize=True, round_zero=bits == 4)
     with _silent():
@@ -65,27 +64,30 @@ def solved(weight: Tensor, bits: int, size: int) -> dict[str, Tensor]:
     return {n: t.to(weight.device).clone() for n, t in tensors.items()}
 
 
-def taken_over(module: nn.Module) -> PackedLinear:
-    """The packed layer of a layer that INC quantized.
+def taken_over(module: nn.Module, inc: Callable[..., Any]) -> PackedLinear:
+    """Return the packed layer of a layer that INC quantized.
+
+    Args:
+        inc: the class of the quantizer.
 
     Raises:
         UnsupportedOperation: its codes are in a layout, or it computes in a way, that qft does not have.
     """
     names = {c.__name__ for c in type(module).__mro__}
     if "PatchedModuleBase" in names:
-        return _float8(module)
+        return _float8(module, inc)
     if "MulLinear" in names:
-        layer = taken_over(module.linear) if type(module.linear) is not nn.Linear else None
+        layer = taken_over(module.linear, inc) if type(module.linear) is not nn.Linear else None
         if layer is None or layer.quantizer.method not in ("rtn",):
             raise _refused(module, "its inner layer is not quantized to integers")
         packed = {**layer.packed, "input_scale": module.input_scale.detach().float()}
-        quantizer = INC("awq", layer.quantizer.bits, layer.quantizer.group_size, layer.quantizer.symmetric)
+        quantizer = inc("awq", layer.quantizer.bits, layer.quantizer.group_size, layer.quantizer.symmetric)
         return _layer(quantizer, packed, layer.out_features, layer.in_features, layer.dtype, layer.bias)
     if "HQQLinear" in names:
-        return _hqq(module)
+        return _hqq(module, inc)
     if "INCWeightOnlyLinear" not in names:
         raise _refused(module, "its codes are in the layout of a Gaudi kernel")
-    return _weight_only(module)
+    return _weight_only(module, inc)
 
 
 def _refused(module: nn.Module, why: str) -> UnsupportedOperation:
@@ -95,13 +97,13 @@ def _refused(module: nn.Module, why: str) -> UnsupportedOperation:
     )
 
 
-def _layer(quantizer: INC, packed: Any, rows: int, columns: int, dtype: torch.dtype, bias: Tensor | None) -> Any:
+def _layer(quantizer: Any, packed: Any, rows: int, columns: int, dtype: torch.dtype, bias: Tensor | None) -> Any:
     # tensors that were made under inference_mode cannot be changed in place
     packed = {n: t.detach().clone() if t.is_inference() else t.detach() for n, t in packed.items()}
     return PackedLinear(quantizer, packed, (rows, columns), dtype, bias)
 
 
-def _weight_only(module: Any) -> PackedLinear:
+def _weight_only(module: Any, inc: Callable[..., Any]) -> PackedLinear:
     rows, columns, bits = module.out_features, module.in_features, module.bits
     size = -1 if module.group_size >= columns else module.group_size
     if module.enable_w4a8 or bool((module.scale_bf16_to_fp8 != 0).any()):
@@ -116,12 +118,12 @@ def _weight_only(module: Any) -> PackedLinear:
     if module.dtype == "nf4":
         if module.compression_dim != 1 or module.qweight.dtype != torch.int32 or owner is not None:
             raise _refused(module, "its NF4 codes are in no int32 words along the inputs")
-        quantizer = INC("nf4", group_size=size)
+        quantizer = inc("nf4", group_size=size)
         packed = {"qweight": module.qweight, "scales": scales}
     elif "int" not in module.dtype:
         raise _refused(module, f"qft has no {module.dtype} of INC's kind")
     elif module.use_optimum_format:
-        quantizer = INC("rtn", bits, size, act_order=owner is not None)
+        quantizer = inc("rtn", bits, size, act_order=owner is not None)
         packed = {"qweight": module.qweight, "qzeros": module.qzeros, "scales": scales, **more}
     else:  # INC's other layouts: its own unpacking knows them
         if owner is not None:
@@ -131,7 +133,7 @@ def _weight_only(module: Any) -> PackedLinear:
         codes, zero, middle = found["int_weight"].to(torch.int32), found["zp"], 2 ** (bits - 1)
         if zero is None:
             codes, zero = codes + middle, torch.full_like(scales, middle)
-        quantizer = INC("rtn", bits, size)
+        quantizer = inc("rtn", bits, size)
         packed = {**packed_integers(codes, zero, bits), "scales": scales.T.contiguous()}
     dtype = module.bias.dtype if module.bias is not None else torch.float32
     layer = _layer(quantizer, packed, rows, columns, dtype, _bias(module))
@@ -140,7 +142,7 @@ def _weight_only(module: Any) -> PackedLinear:
         zeros = layer.packed["qzeros"]
         whole = zeros[:, : rows // (32 // bits)]
         symmetric = bool((whole == (field - 2**32 if field >= 2**31 else field)).all())
-        layer.quantizer = INC("rtn", bits, size, symmetric, quantizer.act_order)
+        layer.quantizer = inc("rtn", bits, size, symmetric, quantizer.act_order)
     return layer
 
 
@@ -150,7 +152,7 @@ def _bias(module: Any) -> Tensor | None:
     return bias.detach() if bias is not None and bool(bias.any()) else None
 
 
-def _hqq(module: Any) -> PackedLinear:
+def _hqq(module: Any, inc: Callable[..., Any]) -> PackedLinear:
     codes = module.q_weight
     meta = codes.meta_info
     if not meta.packing or meta.axis != 0:
@@ -166,13 +168,13 @@ def _hqq(module: Any) -> PackedLinear:
         return ((inner - value.zero) * value.scale).reshape(tuple(value.meta_info.shape))
 
     rows, columns = meta.shape
-    quantizer = INC("hqq", meta.nbits, -1 if meta.group_size is None else meta.group_size)
+    quantizer = inc("hqq", meta.nbits, -1 if meta.group_size is None else meta.group_size)
     packed = {"qweight": codes.val, "scale": plain(codes.scale), "zero": plain(codes.zero)}
     dtype = module.bias.dtype if module.bias is not None else torch.float32
     return _layer(quantizer, packed, rows, columns, dtype, module.bias)
 
 
-def _float8(module: Any) -> PackedLinear:
+def _float8(module: Any, inc: Callable[..., Any]) -> PackedLinear:
     if type(module).__name__ != "PatchedLinear":
         raise _refused(module, "it computes in float8, and is no plain linear layer: keep it out with INC's blocklist")
     if module.weight.dtype != torch.float8_e4m3fn:
@@ -198,4 +200,4 @@ def _float8(module: Any) -> PackedLinear:
         "input_scale": inputs.reshape(()),
     }
     columns, rows = module.weight.shape
-    return _layer(INC("fp8"), packed, rows, columns, module.dequant_weights.hp_dtype, module.bias)
+    return _layer(inc("fp8"), packed, rows, columns, module.dequant_weights.hp_dtype, module.bias)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qft.backends import compressed_config
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities
 from qft.errors import BadFolder, BadShape
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities
 
 BLOCK = 32
 """Weights along in_features that share a scale."""

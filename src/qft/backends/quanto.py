@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qft import kernels
-from qft.bits import codes_per_word, in_groups, pack_rows, unpack_rows
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities
 from qft.errors import BadFolder, BadOption, BadShape, QftError, UnsupportedOperation
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities
+from qft.ops import kernels
+from qft.ops.bits import codes_per_word, in_groups, pack_rows, unpack_rows
 
 _BITS = {"int2": 2, "int4": 4}
 _DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}

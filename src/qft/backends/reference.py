@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qft import kernels
-from qft.bits import pack_bits, pack_constants, unpack_bits, unpack_constants
+from qft.backends.algorithms.sinkhorn import column_scales
+from qft.core.packed import TensorQuantizer
+from qft.core.quantizer import Capabilities, QuantizedWeight
 from qft.errors import BadOption, BadShape, UnsupportedOperation
-from qft.packed import TensorQuantizer
-from qft.quantizer import Capabilities, QuantizedWeight
-from qft.sinkhorn import column_scales
+from qft.ops import kernels
+from qft.ops.bits import pack_bits, pack_constants, unpack_bits, unpack_constants
 
 GROUP_SIZES = (128, 64, 32)
 """Tried in this order where an affine group size is left open."""

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qft import kernels
-from qft.bits import codes_per_word, in_groups, pack_rows, unpack_rows
+from qft.backends.algorithms.sinkhorn import column_scales
+from qft.core.packed import PackedLinear, TensorQuantizer
+from qft.core.quantizer import Capabilities, as_float_dtype
+from qft.core.shard_index import read_weight_map
 from qft.errors import BadFolder, BadOption, BadShape, UnsupportedOperation
-from qft.packed import PackedLinear, TensorQuantizer
-from qft.quantizer import Capabilities, as_float_dtype
-from qft.shard_index import read_weight_map
-from qft.sinkhorn import column_scales
+from qft.ops import kernels
+from qft.ops.bits import codes_per_word, in_groups, pack_rows, unpack_rows
 
 BITS = (2, 3, 4, 5, 6, 8)
 TILE = 32

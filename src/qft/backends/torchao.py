@@ -28,9 +28,9 @@ from qft.backends.torchao_options import (
     read_options,
     to_nf4,
 )
+from qft.core.console import quiet_import
+from qft.core.quantizer import Capabilities, QuantizedWeight, Quantizer, float_weight, is_conv1d
 from qft.errors import BadOption, BadShape, QftWarning, UnsupportedDevice, UnsupportedOperation
-from qft.quantizer import Capabilities, QuantizedWeight, Quantizer, float_weight, is_conv1d
-from qft.quiet import quiet_import
 
 _FOUND = ("other", "opaque")
 

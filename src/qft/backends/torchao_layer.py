@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qft import kernels
-from qft.lora.autograd import lora_linear
-from qft.modes import normal_mode
+from qft.core.modes import normal_mode
+from qft.ops import kernels
+from qft.ops.linear import lora_linear
 
 PREFIX = "_weight_"
 """Leaves in state dicts and files are called as torchao's own safetensors call them, such as `_weight_qdata`."""

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from qft.backends.torchao_layer import floats, has_dequantize, leaves
+from qft.core.console import quiet_import
 from qft.errors import BadFolder, BadOption
-from qft.quiet import quiet_import
 
 ROW, WHOLE = -1, 0
 """Group sizes that stand for a whole row, and for the whole weight."""

@@ -24,10 +24,10 @@ def command(
     """Weigh a quantized model: bits a weight, what stayed float and why, errors layer by layer."""
     import qft
     from qft.cli._common import answering
+    from qft.core.files import check_model_path
+    from qft.data.files import read_texts
     from qft.errors import BadFolder
-    from qft.opening import find_tokenizer, open_model
-    from qft.paths import check_model_path
-    from qft.rows import read_texts
+    from qft.saving.open import find_tokenizer, open_model
 
     with answering(as_json) as answer:
         float_model = None if original is None else check_model_path(original)

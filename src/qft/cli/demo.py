@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qft.demo import DemoResult
+    from qft.cli._demo import DemoResult
 
 STAGES = {
     "float": "float",
@@ -48,7 +48,7 @@ def command(
     """Quantize a real language model, fine-tune it, merge it, export it and load it back."""
     from rich.console import Console
 
-    from qft.demo import run_demo
+    from qft.cli._demo import run_demo
     from qft.errors import BadFolder
 
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):

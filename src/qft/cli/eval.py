@@ -43,7 +43,7 @@ def command(
 ) -> None:
     """Measure a model on held-out data: perplexity and drift beside its float baseline, ranges, weights, tasks."""
     from qft.evaluation import evaluate
-    from qft.evaluation.evaluating import check_arguments
+    from qft.evaluation.evaluate import check_arguments
     from qft.evaluation.report import check_writable
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None

@@ -30,7 +30,7 @@ def command(
 ) -> None:
     """Write a quantized model, with its adapter merged in, as floats, for transformers or llama.cpp."""
     from qft.cli._common import answering, finite, said
-    from qft.storing import export_folder
+    from qft.cli._folders import export_folder
 
     with answering(as_json) as answer:
         written = export_folder(

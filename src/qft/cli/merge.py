@@ -30,7 +30,7 @@ def command(
 ) -> None:
     """Merge an adapter into its base, and write the model that comes of it."""
     from qft.cli._common import answering, finite, said
-    from qft.storing import merge_folder
+    from qft.cli._folders import merge_folder
 
     with answering(as_json) as answer:
         written = merge_folder(

@@ -37,7 +37,7 @@ def command(
 
     import qft
     from qft.cli._common import answering
-    from qft.paths import check_path
+    from qft.core.files import check_path
 
     targets = target_modules if "," not in target_modules else [t.strip() for t in target_modules.split(",")]
     if targets != "all-linear" and isinstance(targets, str):

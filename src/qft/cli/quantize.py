@@ -28,7 +28,7 @@ def command(
 ) -> None:
     """Quantize a model and store it with its tokenizer, for transformers and qft to load."""
     from qft.cli._common import answering, finite, said
-    from qft.storing import quantize_folder
+    from qft.cli._folders import quantize_folder
 
     with answering(as_json) as answer:
         written = quantize_folder(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qft.core.files import did_you_mean
+from qft.data.files import FORMS, SUFFIXES, Rows, read_rows
 from qft.errors import BadFolder, BadOption
-from qft.paths import did_you_mean
-from qft.rows import FORMS, SUFFIXES, Rows, read_rows
 
 KINDS: dict[type, str] = {dict: f"an object with {FORMS}", str: "a text", list: "a list of token ids"}
 
@@ -28,7 +28,7 @@ def rows(data: Any) -> list[Row]:
     """The rows of a file, of a folder, or of what is in memory.
 
     Args:
-        data: a path, as `qft.rows.read_rows` takes it (a .txt file is one text); a folder with a file or a split of
+        data: a path, as `qft.data.files.read_rows` takes it (a .txt file is one text); a folder with a file or a split of
             `datasets` that is called "valid", "test" or the like; a text; or an iterable of rows: texts, token ids,
             mappings of the forms above.
 
@@ -70,7 +70,7 @@ def _of_file(path: Any) -> list[Row]:
 
 def _held_out(folder: Path) -> Rows:
     """The split of a folder that is called like one, or its only one."""
-    from qft.training.data import EVALUATION, splits_of
+    from qft.data.splits import EVALUATION, splits_of
 
     splits = splits_of(folder)
     names = [name for name in EVALUATION if name in splits] or (list(splits) if len(splits) == 1 else [])

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qft import drift, marks
-from qft.calibration import Batch, call
+from qft.core import record
+from qft.data.calibration import Batch, call
 from qft.errors import BadOption, UnsupportedDevice
 from qft.evaluation.ranges import Range, Ranges, embeddings_of
 from qft.evaluation.sequences import Sequence
+from qft.lora.merging import drift
 
 BINS = 32
 
@@ -76,8 +77,8 @@ def check_model(model: nn.Module, what: str = "the model") -> None:
     Raises:
         BadOption, PartlyQuantized, UnsupportedDevice
     """
-    marks.record_of(model)
-    base = marks.base_model(model)
+    record.record_of(model)
+    base = record.base_model(model)
     for name, module in base.named_modules():
         if getattr(module, "merged_adapters", None) and getattr(module, "disable_adapters", False):
             raise BadOption(
@@ -109,7 +110,7 @@ def measure(
         _check_ids(found, which)
     here, there = _Loss(), _Loss()
     compared = _Compared(max(len(s.ids if s.decoder is None else s.decoder) for s in found))
-    ranges = Ranges(marks.base_model(model))
+    ranges = Ranges(record.base_model(model))
     try:
         with drift.evaluated(*([model] if baseline is None else [model, baseline])):
             for part, sequences in _progress(_parts(found, samples, batch_size), len(found), progress):
@@ -186,18 +187,18 @@ def _logits(model: nn.Module, batch: Batch, counted: Tensor) -> Tensor:
         out = call(model, batch, next(model.parameters()).device)
     except TypeError as error:
         raise BadOption(
-            f"this {type(marks.base_model(model)).__name__} does not take {', '.join(batch)}: {error}"
+            f"this {type(record.base_model(model)).__name__} does not take {', '.join(batch)}: {error}"
         ) from error
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[1] < counted.shape[1]:
-        name = type(marks.base_model(model)).__name__
+        name = type(record.base_model(model)).__name__
         raise BadOption(f"perplexity and drift need logits for each token, and this {name} gives none: leave out data=")
     logits = logits[:, logits.shape[1] - counted.shape[1] :]  # virtual tokens of prompt tuning come first
     return logits[counted.to(logits.device)]
 
 
 def _check_ids(found: list[Sequence], model: nn.Module) -> None:
-    embeddings = embeddings_of(marks.base_model(model))
+    embeddings = embeddings_of(record.base_model(model))
     count = getattr(embeddings, "num_embeddings", None)
     largest = max(max(s.ids + (s.decoder or [])) for s in found)
     smallest = min(min(s.ids + (s.decoder or [])) for s in found)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qft.audit import FLOAT16_MAX
-from qft.blocks import find_blocks
+from qft.core.blocks import find_blocks
+from qft.pipeline.audit.figures import FLOAT16_MAX
 
 
 @dataclass(frozen=True)

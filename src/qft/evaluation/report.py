@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qft.audit_views import write
+from qft.core.files import write
 from qft.errors import BadFolder
 from qft.evaluation import svg
 
@@ -182,10 +182,10 @@ class Report:
 
     def body(self) -> str:
         """The page's content with its style, for a place inside another page."""
-        import qft
+        from qft.core.version import __version__
 
         sub = f'<p class="sub">{_e(self.subtitle)}</p>' if self.subtitle else ""
-        made = f"<footer>made with qft {_e(qft.__version__)}, {datetime.now(UTC).date().isoformat()}</footer>"
+        made = f"<footer>made with qft {_e(__version__)}, {datetime.now(UTC).date().isoformat()}</footer>"
         inside = f"<h1>{_e(self.title)}</h1>{sub}{''.join(self._parts)}{made}"
         return f'<style>{_STYLE}</style><main class="qft-report">{inside}</main>'
 

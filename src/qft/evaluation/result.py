@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qft.audit import Audit
-from qft.audit_views import place, size, write
+from qft.core.console import size
+from qft.core.files import write
+from qft.core.names import place
 from qft.evaluation.measure import SampleDrift, Score
 from qft.evaluation.ranges import Range
 from qft.evaluation.report import Report, check_writable
 from qft.evaluation.svg import number
+from qft.pipeline.audit.result import Audit
 
 
 @dataclass

@@ -9,11 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
+from qft.data.files import FORMS
+from qft.data.messages import (
+    ChatTemplate,
+    check_text,
+    conversation,
+    learnt_turns,
+    pieces,
+    system_of,
+    tools_of,
+    with_system,
+)
+from qft.data.tokens import Tokens, encoded
 from qft.errors import BadOption
 from qft.evaluation.data import Row
-from qft.messages import ChatTemplate, check_text, conversation, learnt_turns, pieces, system_of, tools_of, with_system
-from qft.rows import FORMS
-from qft.tokens import Tokens, encoded
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qft import hf, marks
+from qft.core import record as marks
+from qft.core.adopt import adopt
+from qft.core.originals import Originals
 from qft.errors import AdapterMismatch, BadFolder, BadOption, NeedsOriginal, QftError
-from qft.opening import find_tokenizer, open_model
-from qft.originals import Originals
-from qft.sourcing import readable
+from qft.saving.open import find_tokenizer, open_model
+from qft.saving.transfer_source import readable
 
 
 def origins(model: nn.Module, place: Any) -> list[str]:
@@ -40,7 +41,7 @@ def find_baseline(model: nn.Module, place: Any, given: Any, device: Any, dtype: 
         return given, type(marks.base_model(given)).__name__
     if given is not None:
         return open_model(given, device=device, dtype=dtype, floats=True), os.fspath(given)
-    record = hf.adopt(model)
+    record = adopt(model)
     if record is None and not hasattr(model, "peft_config"):
         return None, "the model is a float model itself; pass baseline= to compare it with another"
     try:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from qft import marks
+from qft.core import record
+from qft.core.console import one_line
 from qft.errors import BadOption, MissingDependency, QftError
-from qft.saying import one_line
 
 Scores = dict[str, dict[str, float]]
 """task → {metric: value}; the standard error of a metric is under "metric stderr"."""
@@ -45,7 +45,7 @@ def run_tasks(
         MissingDependency: lm-eval is not installed. BadOption: a task that it does not know, or cannot run.
     """
     require()
-    base = marks.base_model(model)
+    base = record.base_model(model)
     modes = [(m, m.training) for m in model.modules()]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints tables

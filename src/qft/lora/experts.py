@@ -15,11 +15,11 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from qft.core.experts import PackedExperts, stacks
+from qft.core.quantizer import QuantizedWeight, Quantizer
 from qft.errors import NonFiniteWeights, UnsupportedOperation
-from qft.experts import PackedExperts, stacks
-from qft.lora.grouped import ExpertUpdate
-from qft.lora.merges import Merging, WeightMerge, check_merged
-from qft.quantizer import QuantizedWeight, Quantizer
+from qft.lora.merge_weight import Merging, WeightMerge, check_merged
+from qft.ops.grouped import ExpertUpdate
 
 
 class QftExperts(Merging, ParamWrapper):

@@ -17,14 +17,14 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from qft.backends.unquantized import Unquantized
-from qft.kernels import Codebook
-from qft.lora.autograd import Update, lora_linear
-from qft.lora.merges import Merging, WeightMerge, check_merged
-from qft.lora.operator import Source, Sourced
-from qft.packed import PackedLinear, dequantizer
-from qft.quantizer import QuantizedWeight, Quantizer
-from qft.registry import quantizer_of
+from qft.core.packed import PackedLinear, dequantizer
+from qft.core.quantizer import QuantizedWeight, Quantizer
+from qft.core.registry import quantizer_of
+from qft.core.unquantized import Unquantized
+from qft.lora.merge_weight import Merging, WeightMerge, check_merged
+from qft.ops.kernels import Codebook
+from qft.ops.linear import Update, lora_linear
+from qft.ops.source import Source, Sourced
 
 
 class QftLinear(Sourced, Merging, Linear):

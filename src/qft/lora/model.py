@@ -18,21 +18,21 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba, check_target_module_exists
 from torch import nn
 
-from qft.backends.unquantized import is_float_linear
+from qft.core.console import quiet_imports
+from qft.core.experts import PackedExperts, as_stack, fused_parameters, packed_weights
+from qft.core.record import record_of
+from qft.core.registry import quantizer_of
+from qft.core.selection import linear_targets
+from qft.core.ties import check_parting, check_shared_modules, is_tied, settle_tie, tied_pairs
+from qft.core.unquantized import is_float_linear
 from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOperation
-from qft.experts import PackedExperts, as_stack, fused_parameters, packed_weights
-from qft.generating import Generate
-from qft.guard import as_it_was, check_called, check_every_name, check_not_nested, refuse_unknown, warn_of_patterns
-from qft.lora.exact import merge_exactly
 from qft.lora.experts import QftExperts, adaptable, chain, matches
+from qft.lora.generating import Generate
+from qft.lora.guard import as_it_was, check_called, check_every_name, check_not_nested, refuse_unknown, warn_of_patterns
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
-from qft.lora.merges import Merging, residual_error
-from qft.marks import record_of
-from qft.noted import REWRITTEN, noted
-from qft.quiet import quiet_imports
-from qft.registry import quantizer_of
-from qft.selection import linear_targets
-from qft.ties import check_parting, check_shared_modules, is_tied, settle_tie, tied_pairs
+from qft.lora.merge_weight import Merging, residual_error
+from qft.lora.merging.exact import merge_exactly
+from qft.lora.noted import REWRITTEN, noted
 
 KEPT_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """PEFT's initialisations that leave the base weight alone; the others are ours to translate, or refused."""
@@ -708,7 +708,7 @@ def _targeted_parameters(model: nn.Module, config: LoraConfig) -> dict[str, int]
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    from qft.backends.unquantized import Unquantized
+    from qft.core.unquantized import Unquantized
 
     quantizer = quantizer_of(module) or Unquantized()
     return quantizer.weights(module)[0].shape

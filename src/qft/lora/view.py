@@ -10,13 +10,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from qft.core.names import HELD
+from qft.core.quantizer import QuantizedWeight, Quantizer, replace_module
+from qft.core.registry import quantizer_of
 from qft.errors import UnsupportedOperation
-from qft.hf import HELD
-from qft.kernels import Codebook
-from qft.lora.autograd import lora_linear
-from qft.lora.operator import Source, Sourced
-from qft.quantizer import QuantizedWeight, Quantizer, replace_module
-from qft.registry import quantizer_of
+from qft.ops.kernels import Codebook
+from qft.ops.linear import lora_linear
+from qft.ops.source import Source, Sourced
 
 
 class LinearView(Sourced, nn.Linear):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qft.data.messages import ChatTemplate, conversation, learnt_turns, pieces, tool_names
+from qft.data.tokens import encoded
 from qft.errors import BadOption, BadShape
-from qft.loss import IGNORE
-from qft.messages import ChatTemplate, conversation, learnt_turns, pieces, tool_names
-from qft.tokens import encoded
+from qft.ops.loss import IGNORE
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qft.data.files import Rows
+from qft.data.messages import SYSTEMS
 from qft.errors import BadOption
-from qft.messages import SYSTEMS
-from qft.rows import Rows
 from qft.training.config import TrainConfig
 
 TARGETS = ("target", "summary", "output", "answer", "response")

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qft.data.files import Rows
+from qft.data.messages import check_text, conversation, tools_of, with_system
+from qft.data.tokens import Tokens
 from qft.errors import BadOption, BadShape
-from qft.loss import IGNORE
-from qft.messages import check_text, conversation, tools_of, with_system
-from qft.rows import Rows
-from qft.tokens import Tokens
+from qft.ops.loss import IGNORE
 from qft.training.checks import Chat
 from qft.training.columns import Pair, Unusable, check_meaning, label_name, text_of
 from qft.training.config import TrainConfig

@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qft.core.files import as_path
 from qft.errors import BadFolder, BadOption
-from qft.paths import as_path
 from qft.training.config import TrainConfig, fields
 
 NOTE = "training.json"
@@ -92,14 +92,14 @@ class RunFolder:
         Raises:
             BadFolder: it cannot be written.
         """
-        import qft
+        from qft.core.version import __version__
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for left in self.path.glob(f"{PARTIAL}*"):
                 shutil.rmtree(left, ignore_errors=True)
             if note is None:
-                note = {"format": 1, "qft": qft.__version__, "config": config.to_dict(), "digests": digests}
+                note = {"format": 1, "qft": __version__, "config": config.to_dict(), "digests": digests}
                 self.write({**note, "state": "clearing"})  # a kill in between leaves nothing to go on with
                 for name in ("adapter", "model", "merged", "runs", *self._all_checkpoints()):
                     shutil.rmtree(self.path / name, ignore_errors=True)

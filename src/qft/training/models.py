@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qft.core.console import first_sentence, without_deprecations
 from qft.errors import AlreadyQuantized, BadFolder, QftWarning, UnsupportedOperation
-from qft.quiet import without_deprecations
-from qft.saying import first_sentence
+from qft.optimize.optimize import optimize_training
+from qft.pipeline.prepare import prepare_model_for_kbit_training
+from qft.pipeline.quantize import quantize
+from qft.pipeline.wrap import quantize_and_wrap, wrap
 from qft.training.setup import AUTO, Prepared, step_memory
 
 PEFT_TASK = {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS", "vision-language": None}
@@ -85,8 +88,6 @@ def load_model(prepared: Prepared) -> nn.Module:
     Raises:
         What `qft.quantize_and_wrap` and `qft.optimize_training` raise.
     """
-    import qft
-
     config = prepared.config
     if not config.peft:
         model = _float_model(prepared).to(prepared.device)
@@ -97,13 +98,12 @@ def load_model(prepared: Prepared) -> nn.Module:
     else:
         model = _quantized(prepared)
     if optimizes(prepared):
-        qft.optimize_training(model, memory=step_memory(config))
+        optimize_training(model, memory=step_memory(config))
     return model
 
 
 def _over_stored(prepared: Prepared) -> nn.Module:
     """Adapters over a folder that is quantized already."""
-    import qft
     from qft.training.stored import load_stored
 
     config, labels = prepared.config, prepared.labels if prepared.task == "classification" else None
@@ -113,14 +113,14 @@ def _over_stored(prepared: Prepared) -> nn.Module:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*quantized in that way already")
-                model = qft.quantize(model, config.quantization, progress=False)
+                model = quantize(model, config.quantization, progress=False)
         except AlreadyQuantized as error:
             raise AlreadyQuantized(
                 f"model: {config.model} is quantized ({prepared.stored}), and quantization={config.quantization!r} was "
                 f"asked for: quantization=None trains adapters over it as it is ({error})"
             ) from error
-    qft.prepare_model_for_kbit_training(model, config.gradient_checkpointing)
-    return qft.wrap(model, adapter_of(prepared))
+    prepare_model_for_kbit_training(model, config.gradient_checkpointing)
+    return wrap(model, adapter_of(prepared))
 
 
 def _attention_options(prepared: Prepared) -> dict[str, Any]:
@@ -135,8 +135,6 @@ def _set_padding(model: Any, prepared: Prepared) -> None:
 
 
 def _quantized(prepared: Prepared) -> nn.Module:
-    import qft
-
     config = prepared.config
     options: dict[str, Any] = {}
     source: Any = config.model
@@ -144,7 +142,7 @@ def _quantized(prepared: Prepared) -> nn.Module:
         source = _float_model(prepared)  # its head is new, which a folder's stream does not know
     else:
         options = {"dtype": float_dtype(prepared), **_attention_options(prepared)}
-    return qft.quantize_and_wrap(
+    return quantize_and_wrap(
         source,
         config.quantization,
         adapter=adapter_of(prepared),
@@ -159,8 +157,8 @@ def _quantized(prepared: Prepared) -> nn.Module:
 
 def _calibration(prepared: Prepared) -> Any:
     """Training rows, where the quantizer or the init reads any."""
-    from qft.inits import resolve_init
-    from qft.registry import parse_spec
+    from qft.core.registry import parse_spec
+    from qft.lora.inits import resolve_init
 
     config = prepared.config
     quantizers = [q for q in parse_spec(config.quantization).quantizers.values() if q is not None]
@@ -190,7 +188,7 @@ def _lora_over_floats(prepared: Prepared) -> nn.Module:
 def _float_model(prepared: Prepared) -> Any:
     import transformers
 
-    from qft.loading import WITHOUT_ADAPTER
+    from qft.pipeline.from_pretrained import WITHOUT_ADAPTER
 
     config = prepared.config
     options: dict[str, Any] = {

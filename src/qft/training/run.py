@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qft.core.files import atomic_folder
+from qft.core.finite import check_trained
+from qft.data.lengths import counts_from_padding
 from qft.errors import BadOption, MissingDependency, QftError
-from qft.finite import check_trained
-from qft.lengths import counts_from_padding
-from qft.saving import atomic_folder
 from qft.training.config import TrainConfig
 from qft.training.folder import RunFolder
 from qft.training.models import adapter_of, attention, autocast_dtype, float_dtype, load_model, optimizes
@@ -216,22 +216,23 @@ def _train(trainer: Any, last: Path | None, run: RunFolder) -> None:
 
 
 def _save(model: Any, prepared: Prepared, run: RunFolder) -> str:
-    import qft
+    from qft.optimize.optimize import unoptimize
+    from qft.saving.save import save
 
     folder = run.path / ("adapter" if prepared.config.peft else "model")
     if prepared.config.peft:
-        qft.save(model, folder)
+        save(model, folder)
     with atomic_folder(folder) as partial:
         if not prepared.config.peft:
-            qft.unoptimize(model).save_pretrained(partial)
+            unoptimize(model).save_pretrained(partial)
         prepared.processor.save_pretrained(partial)
     return str(folder)
 
 
 def _merge(model: Any, prepared: Prepared, run: RunFolder) -> dict[str, Any]:
-    import qft
+    from qft.saving.export import export
 
-    report = qft.export(model, run.path / "merged", tokenizer=prepared.processor)
+    report = export(model, run.path / "merged", tokenizer=prepared.processor)
     return {k: v for k, v in report.to_dict().items() if k != "weights"}
 
 
@@ -267,7 +268,7 @@ def outline(
     Raises:
         What `train` raises before it loads a model.
     """
-    import qft
+    from qft.memory.plan import plan as plan_memory
 
     config = as_config(config, overrides)
     _need_trl()
@@ -289,7 +290,7 @@ def outline(
                 raise BadOption("memory is planned for quantized weights, and these stay floats")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                plan = qft.plan(
+                plan = plan_memory(
                     prepared.model_config if not os.path.isdir(config.model) else config.model,
                     config.quantization,
                     sequence_length=_longest(prepared),

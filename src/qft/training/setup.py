@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
+from qft.core.console import first_sentence
+from qft.core.files import check_model_path
+from qft.data.files import Rows
+from qft.data.lengths import positions_of_config
+from qft.data.splits import held_out, read_data
+from qft.data.tokens import Tokens
 from qft.errors import BadFolder, BadOption, MissingDependency, QftWarning, UnsupportedDevice
-from qft.lengths import positions_of_config
-from qft.loading import read_config
-from qft.memory import check_memory
-from qft.paths import check_model_path
-from qft.rows import Rows
-from qft.saying import first_sentence
-from qft.tokens import Tokens
+from qft.memory.plan import check_memory
+from qft.pipeline.from_pretrained import read_config
 from qft.training import checks, columns, encoding
 from qft.training.config import TrainConfig
-from qft.training.data import held_out, read_data
 from qft.training.stored import check_stored
 
 log = logging.getLogger("qft.training")
@@ -243,7 +243,7 @@ def _check_names(config: TrainConfig, device: torch.device) -> None:
     if config.log == "tensorboard" and not has_tensorboard():
         raise MissingDependency("log='tensorboard' needs the package tensorboard: pip install tensorboard")
     if config.peft and config.quantization is not None:
-        from qft.registry import parse_spec
+        from qft.core.registry import parse_spec
 
         parse_spec(config.quantization)
     elif config.peft and config.init is not None:
@@ -271,7 +271,7 @@ def step_memory(config: TrainConfig) -> Any:
 
 
 def _device(config: TrainConfig) -> torch.device:
-    from qft.devices import check_device, default_device
+    from qft.core.devices import check_device, default_device
 
     return default_device() if config.device == "auto" else check_device(config.device) or default_device()
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qft import hf
-from qft.classifiers import is_classifier, with_new_head
+from qft.core.adopt import adopt
+from qft.core.classifiers import is_classifier, with_new_head
 from qft.errors import BadFolder, BadOption, NeedsOriginal
-from qft.loading import load_quantized, stored_quantization
+from qft.pipeline.from_pretrained import load_quantized, stored_quantization
 from qft.training.config import TrainConfig
 
 
@@ -49,7 +49,7 @@ def load_stored(
         BadFolder: a folder that cannot be loaded. UnsupportedOperation: a model that transformers has no classifier of.
     """
     model = load_quantized(config.model, None, device, False, dtype=dtype, **options)
-    if hf.adopt(model) is None:
+    if adopt(model) is None:
         raise BadFolder(f"{config.model} says that it is quantized, and no quantized layer was found in it")
     if labels is None:
         return model

@@ -31,9 +31,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from qft.core.console import first_sentence
+from qft.core.finite import check_trained
 from qft.errors import BadFolder, BadOption, MissingDependency, NonFiniteWeights, QftError
-from qft.finite import check_trained
-from qft.saying import first_sentence
 from qft.training.checks import check_padding
 from qft.training.folder import PARTIAL, RunFolder
 from qft.training.models import autocast_dtype
@@ -255,7 +255,7 @@ def _causal_lm(common: dict[str, Any], options: dict[str, Any], prepared: Prepar
         pass
 
     if prepared.config.packing:
-        from qft.packing import PackingCollator
+        from qft.data.packing import PackingCollator
 
         options["data_collator"] = PackingCollator(options["model"], pad_token_id=prepared.tokenizer.pad_token_id)
     trainer = Sft(args=SFTConfig(**common, max_length=None), **options)

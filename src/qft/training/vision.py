@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from qft.data.messages import ChatTemplate, learnt_turns, pieces
+from qft.data.tokens import encoded
 from qft.errors import BadOption
-from qft.loss import IGNORE
-from qft.messages import ChatTemplate, learnt_turns, pieces
-from qft.tokens import encoded
+from qft.ops.loss import IGNORE
 from qft.training.columns import Unusable
 from qft.training.config import TrainConfig
 from qft.training.encoding import messages_of

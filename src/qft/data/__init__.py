@@ -1,0 +1,1 @@
+"""Training, evaluation and calibration data: files, conversations, tokens, statistics, packing."""

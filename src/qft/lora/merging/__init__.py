@@ -1,0 +1,1 @@
+"""Merge adapters into quantized and float weights, and measure what the merge costs."""

@@ -1,0 +1,1 @@
+"""Differentiable products, the loss, bit packing, and kernels."""

@@ -1,0 +1,1 @@
+"""From a float model or folder to a quantized model with adapters."""

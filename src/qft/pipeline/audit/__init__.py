@@ -1,0 +1,1 @@
+"""What a quantized model holds: bits, errors, what stayed float and why."""
