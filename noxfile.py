@@ -17,6 +17,17 @@ nox.options.sessions = ["lint", "types", "tests"]
 CONSTRAINTS = Path(__file__).parent / ".ci" / "constraints.txt"
 
 
+QUICK = [
+    "tests/core/test_registry.py",
+    "tests/core/test_selection.py",
+    "tests/core/test_structure.py",
+    "tests/lora/test_merging.py",
+    "tests/lora/test_shared_weights.py",
+    "tests/saving/test_stored_base.py",
+    "tests/training/test_sigterm.py",
+    "tests/project/test_layout.py",
+]
+
 os.environ.setdefault("PIP_CONSTRAINT", str(CONSTRAINTS))
 
 
@@ -36,10 +47,11 @@ def run_tests(session: nox.Session, which: str, *files: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and formatting: ruff."""
-    session.install("ruff")
+    """Style and formatting (ruff), and the layers of the packages (import-linter)."""
+    session.install("ruff", "import-linter")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
+    session.run("lint-imports", "--no-logo", env={"PYTHONPATH": "src"})
 
 
 @nox.session
@@ -54,6 +66,22 @@ def tests(session: nox.Session) -> None:
     """All tests but the slow ones; those that need a GPU skip where there is none."""
     install_for_tests(session)
     run_tests(session, "not slow")
+
+
+@nox.session
+def quick(session: nox.Session) -> None:
+    """A part of the tests for the inner loop: the core, kernels in plain torch, LoRA, saving and training on tiny models."""
+    install_for_tests(session)
+    run_tests(session, "not slow", *QUICK)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """The tests that `tests` runs, and which lines of src/qft they reach."""
+    install_for_tests(session)
+    session.install("pytest-cov>=5")
+    session.run("pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "loadscope", "-m", "not slow", "--cov=qft",
+                "--cov-report=term-missing:skip-covered", *session.posargs, env={"OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
 @nox.session

@@ -13,7 +13,7 @@ from test_methods import METHODS, PROMPT, frozen, move, quantized, same
 
 import qft
 from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation
-from qft.lora.merging.views import ViewMerging
+from qft.lora.view_merging import ViewMerging
 
 MORE = METHODS | {
     "MiSS": MissConfig(target_modules=["q_proj", "down_proj"], r=4),

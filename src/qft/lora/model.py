@@ -26,12 +26,12 @@ from qft.core.selection import linear_targets
 from qft.core.ties import check_parting, check_shared_modules, is_tied, settle_tie, tied_pairs
 from qft.core.unquantized import is_float_linear
 from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOperation
+from qft.lora.exact import merge_exactly
 from qft.lora.experts import QftExperts, adaptable, chain, matches
 from qft.lora.generating import Generate
 from qft.lora.guard import as_it_was, check_called, check_every_name, check_not_nested, refuse_unknown, warn_of_patterns
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
 from qft.lora.merge_weight import Merging, residual_error
-from qft.lora.merging.exact import merge_exactly
 from qft.lora.noted import REWRITTEN, noted
 
 KEPT_INITS = (True, False, "gaussian", "orthogonal", "eva")

@@ -24,14 +24,14 @@ from qft.core.selection import linear_targets
 from qft.core.structure import recomputes_activations
 from qft.core.ties import check_parting, check_shared_modules, is_tied, settle_tie
 from qft.errors import BadOption, UnsupportedOperation
+from qft.lora.exact import merge_exactly
 from qft.lora.generating import Generate
 from qft.lora.guard import as_it_was, check_called, check_every_name, check_not_nested, warn_of_patterns
 from qft.lora.layer import DequantizedForward
-from qft.lora.merging.exact import merge_exactly
-from qft.lora.merging.views import allow_merging, available, is_over_view
 from qft.lora.model import _quantized, all_or_nothing, check_saved_modules, note_configs, warn_of_loss
 from qft.lora.noted import noted
 from qft.lora.view import LinearView, shown_as_linears, take_off
+from qft.lora.view_merging import allow_merging, available, is_over_view
 
 BESIDE = frozenset(
     "CARTRIDGE CPT LN_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING PROMPT_TUNING TRAINABLE_TOKENS".split()

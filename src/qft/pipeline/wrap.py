@@ -24,12 +24,12 @@ from qft.data.calibration import batches
 from qft.data.collect import collect
 from qft.data.statistics import StatisticsKind
 from qft.errors import BadOption, NeedsCalibration, QftWarning, UnsupportedOperation
+from qft.lora.exact import merge_exactly
 from qft.lora.experts import adapted_weights
 from qft.lora.guard import as_it_was, check_every_name, check_names, refused_by_peft, rehearse
 from qft.lora.inits import AdapterInit, InitRun, need_original, resolve_init, settle_auto
 from qft.lora.inits.run import no_statistics
 from qft.lora.layer import DequantizedForward
-from qft.lora.merging.exact import merge_exactly
 from qft.lora.model import (
     all_linear,
     check_config,

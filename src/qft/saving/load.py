@@ -31,10 +31,10 @@ from qft.core.registry import Spec, get_quantizer, quantizer_of
 from qft.core.transformers_quantizer import weight_conversions
 from qft.core.unquantized import is_float_linear
 from qft.errors import AdapterMismatch, BadFolder, BadOption, QftError, QftWarning, UnsupportedOperation
+from qft.lora.exact import merge_exactly
 from qft.lora.guard import as_it_was, brief, rehearse_load
 from qft.lora.layer import DequantizedForward
 from qft.lora.merge_weight import Merging
-from qft.lora.merging.exact import merge_exactly
 from qft.lora.model import KEPT_INITS
 from qft.lora.noted import REWRITTEN
 from qft.lora.prompts import prepare_prompts

@@ -30,8 +30,8 @@ from qft.lora.generating import Generate
 from qft.lora.layer import QftLinear
 from qft.lora.merge_weight import WeightMerge, compare_merge
 from qft.lora.merging.detach import detach_from
-from qft.lora.merging.views import available, is_over_view, merged_by_peft
 from qft.lora.view import LinearView
+from qft.lora.view_merging import available, is_over_view, merged_by_peft
 
 HOST = torch.device("cpu")
 

@@ -18,15 +18,15 @@ from qft.core.quantizer import as_float_dtype
 from qft.core.ties import check_shared_modules
 from qft.core.unquantized import Unquantized
 from qft.errors import BadOption, NonFiniteWeights, UnsupportedOperation, about
+from qft.lora.exact import merge_exactly
 from qft.lora.experts import adapted_weights
 from qft.lora.merge_weight import Merging, refuse_left_out
 from qft.lora.merging.drift import Probe
-from qft.lora.merging.exact import merge_exactly
 from qft.lora.merging.float_copy import FloatCopy
 from qft.lora.merging.learnt import learnt_over
 from qft.lora.merging.report import MergeReport
-from qft.lora.merging.views import ViewMerging, available
 from qft.lora.model import QftLoraModel, all_or_nothing
+from qft.lora.view_merging import ViewMerging, available
 
 Plan = list[tuple[str, Any, list[str]]]
 """Layers by the name of the weight that they adapt, with the adapters to merge."""

@@ -12,7 +12,7 @@ from torch import nn
 from qft.core.kept import KeptParameter, give_back, give_own
 from qft.core.modes import normal_mode
 from qft.lora.merge_weight import Merging, check_merged
-from qft.lora.merging.views import ViewMerging
+from qft.lora.view_merging import ViewMerging
 
 
 class ExactMerging:
