@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -157,13 +158,22 @@ def check_every_name(model: nn.Module, adapter: PeftConfig) -> None:
     targets = getattr(adapter, "target_modules", None)
     if not isinstance(targets, str) and targets and set(targets) != _default_targets(model, adapter):
         ends = {f".{name}".split(".", i)[-1] for name in modules for i in range(1, name.count(".") + 2)}
-        unknown = [t for t in targets if t not in ends]
+        unknown = [t for t in _kept_by_peft(model, adapter) if t not in ends]
         if len(unknown) < len(targets):  # else nothing matches, which has an error of its own
             _refuse_parameters(model, unknown)
             refuse_unknown("target_modules", unknown, model)
         refuse_unknown("layers_to_transform", _unknown_layers(modules, adapter), model)
     saved = [t for t in getattr(adapter, "modules_to_save", None) or () if t not in HEADS]
     refuse_unknown("modules_to_save", [t for t in saved if not any(m.endswith(t) for m in modules)], model)
+
+
+@contextmanager
+def unknown_names_warned() -> Iterator[None]:
+    """Warn of what the block refuses, where PEFT attaches an adapter: it may be a saved one, with its weights."""
+    try:
+        yield
+    except NoTargets as error:
+        warnings.warn(str(error), QftWarning, stacklevel=5)
 
 
 def warn_of_patterns(model: nn.Module, adapter: PeftConfig) -> None:
@@ -176,7 +186,7 @@ def warn_of_patterns(model: nn.Module, adapter: PeftConfig) -> None:
             warnings.warn(
                 f"{field} names {', '.join(unknown)}, and no module of this {type(model).__name__} has that name",
                 QftWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -198,6 +208,20 @@ def _fits(key: str, name: str) -> bool:
         return re.match(rf"(.*\.)?({key})$", name) is not None
     except re.error:  # it is refused with the other patterns
         return True
+
+
+def _kept_by_peft(model: nn.Module, adapter: Any) -> Iterable[str]:
+    """The names of `target_modules` that PEFT does not take for parameters: those that fused experts had as layers."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # an older PEFT, which converts nothing
+        return adapter.target_modules
+    twin = copy.deepcopy(adapter)
+    try:
+        convert_peft_config_for_transformers(twin, model=model, conversions=None)
+    except ValueError:  # PEFT raises it again where the adapter is attached
+        return ()
+    return twin.target_modules
 
 
 def _refuse_parameters(model: nn.Module, names: list[str]) -> None:

@@ -29,7 +29,15 @@ from qft.errors import BadOption, BadShape, NoTargets, QftWarning, UnsupportedOp
 from qft.lora.exact import merge_exactly
 from qft.lora.experts import QftExperts, adaptable, chain, matches
 from qft.lora.generating import Generate
-from qft.lora.guard import as_it_was, check_called, check_every_name, check_not_nested, refuse_unknown, warn_of_patterns
+from qft.lora.guard import (
+    as_it_was,
+    check_called,
+    check_every_name,
+    check_not_nested,
+    refuse_unknown,
+    unknown_names_warned,
+    warn_of_patterns,
+)
 from qft.lora.layer import DequantizedForward, QftLinear, WeightMerge
 from qft.lora.merge_weight import Merging, residual_error
 from qft.lora.noted import REWRITTEN, noted
@@ -88,14 +96,15 @@ class QftLoraModel(LoraModel):
             check_not_nested(model, adapter_name)
             check_config(config)
             check_tokens(model, config)
-            if not config.inference_mode:  # an adapter that was trained elsewhere computes here what it did there
-                check_every_name(model, config)
+            if not config.inference_mode:
+                with unknown_names_warned():
+                    check_every_name(model, config)
+                    if config.target_parameters:
+                        _targeted_parameters(model, config)
                 warn_of_patterns(model, config)
-                if config.target_parameters:
-                    _targeted_parameters(model, config)
             if config.target_modules == "all-linear":
                 config.target_modules = set(all_linear(model, config))
-            elif not config.inference_mode:
+            elif not config.inference_mode:  # an adapter that was trained elsewhere computes here what it did there
                 check_called(model, config)
             check_groups(model, config)
         with quiet_imports():

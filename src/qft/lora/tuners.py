@@ -26,7 +26,14 @@ from qft.core.ties import check_parting, check_shared_modules, is_tied, settle_t
 from qft.errors import BadOption, UnsupportedOperation
 from qft.lora.exact import merge_exactly
 from qft.lora.generating import Generate
-from qft.lora.guard import as_it_was, check_called, check_every_name, check_not_nested, warn_of_patterns
+from qft.lora.guard import (
+    as_it_was,
+    check_called,
+    check_every_name,
+    check_not_nested,
+    unknown_names_warned,
+    warn_of_patterns,
+)
 from qft.lora.layer import DequantizedForward
 from qft.lora.model import _quantized, all_or_nothing, check_saved_modules, note_configs, warn_of_loss
 from qft.lora.noted import noted
@@ -112,7 +119,8 @@ class OverQuantized(BaseTuner):
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
         check_not_nested(model, adapter_name)
         if not self.peft_config[adapter_name].inference_mode:
-            check_every_name(model, self.peft_config[adapter_name])
+            with unknown_names_warned():
+                check_every_name(model, self.peft_config[adapter_name])
             warn_of_patterns(model, self.peft_config[adapter_name])
             check_called(model, self.peft_config[adapter_name])
         native = record.forward == "native"

@@ -218,6 +218,7 @@ def _wrap_lora(
 def _wrap_other(model: nn.Module, adapter: PeftConfig, record: marks.Record, forward: str) -> PeftModel:
     check_method(adapter, record.quantizers.values(), recomputes_activations(model))
     check_names(model, adapter)
+    check_every_name(model, adapter)
     before, record.forward = record.forward, forward
     try:
         with as_it_was(model), refused_by_peft(), normal_mode():
