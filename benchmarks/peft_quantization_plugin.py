@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 import qft
-from qft.lora.merging import views
+from qft.lora import view_merging
 
 MODULE = "test_quantization"
 LAYERS = 12
@@ -105,13 +105,13 @@ def _reason(report: pytest.TestReport) -> dict[str, str]:
 
 def _store_no_update() -> None:
     """Make merges store the base's own weight: a fault, which the tests must find."""
-    merged_by_peft = views.merged_by_peft
+    merged_by_peft = view_merging.merged_by_peft
 
     def unmerged(layer: Any, names: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
         before, _, bias = merged_by_peft(layer, names)
         return before, before.clone(), bias
 
-    views.merged_by_peft = unmerged
+    view_merging.merged_by_peft = unmerged
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
