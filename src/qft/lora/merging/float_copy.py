@@ -275,7 +275,9 @@ def cast(plain: nn.Module, dtype: torch.dtype) -> None:
 
 def cast_since(base: nn.Module) -> torch.dtype | None:
     """The dtype that a model was cast to after it was quantized, which some formats do not note; None if it was not."""
-    layers, others, inside = set(), set(), set()
+    layers: set[torch.dtype] = set()
+    others: set[torch.dtype] = set()
+    inside: set[int] = set()
     for module in base.modules():
         if id(module) in inside or isinstance(module, QftExperts):
             continue
