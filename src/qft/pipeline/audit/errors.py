@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ class QuantizedLayer:
         """LoRA adapters that the layer computes with beside its weight."""
         from qft.lora.merge_weight import Merging
 
-        outer = self.around
-        if not isinstance(outer, Merging) or outer.merged or outer.disable_adapters:
+        if not isinstance(self.around, Merging):
+            return []
+        outer: Any = self.around
+        if outer.merged or outer.disable_adapters:
             return []
         return [a for a in outer.active_adapters if a in outer.lora_A]
 
