@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 HEADER = """# Which models?
@@ -25,8 +25,9 @@ every tensor to the bit; `save` and `load`; `export`, read back by plain transfo
 those of the merged model; `plan` counts the bytes of the quantized weights; `optimize_training` gives the same loss and
 gradients. Models of images and text were given text only, and blocks are not compiled in this run.
 
-"right": every check passed. "refused": a check ended in an error of qft that gives the reason. "wrong": a known defect.
-"skipped": the class was not tried, with the reason.
+A class is "right" where no check is refused or wrong; checks that do not apply, such as a loss that a class does not
+compute, are named as "skipped". "refused": a check ended in an error of qft that gives the reason. "wrong": a known
+defect. "not tried": the class has no tiny config that runs, with the reason.
 """
 
 
@@ -40,7 +41,7 @@ def page(results: dict[str, dict[str, list[str]]]) -> str:
     for key, found in results.items():
         task, name, quantizer = key.split("/", 2)
         tasks[task][name][quantizer] = found
-    parts = [HEADER]
+    parts = [HEADER, _summary(tasks)]
     for task, names in sorted(tasks.items()):
         right = [n for n, by in sorted(names.items()) if all(o == "right" for f in by.values() for o, _ in f.values())]
         quantizers = ", ".join(f"`{q}`" for q in sorted({q for by in names.values() for q in by}))
@@ -51,6 +52,25 @@ def page(results: dict[str, dict[str, list[str]]]) -> str:
         for name, by in sorted(names.items()):
             parts += _rows(name, by)
     return "".join(parts)
+
+
+def _worst(by: dict[str, dict[str, list[str]]]) -> str:
+    """The outcome of a class: that of its worst check, over all quantizers."""
+    found = {outcome for checks in by.values() for outcome, _ in checks.values()}
+    built = {outcome for checks in by.values() for check, (outcome, _) in checks.items() if check == "build"}
+    if "skipped" in built:
+        return "not tried"
+    return next((o for o in ("wrong", "refused") if o in found), "right")
+
+
+def _summary(tasks: dict[str, dict[str, dict[str, dict[str, list[str]]]]]) -> str:
+    """A table of how many classes of each task are right."""
+    outcomes = ("right", "refused", "wrong", "not tried")
+    lines = [f"\n| task | classes | {' | '.join(outcomes)} |", "|---|" + "---:|" * 5]
+    for task, names in sorted(tasks.items()):
+        counts = Counter(_worst(by) for by in names.values())
+        lines.append(f"| [{task}](#{task}) | {len(names)} | {' | '.join(str(counts[o]) for o in outcomes)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _rows(name: str, by: dict[str, dict[str, list[str]]]) -> list[str]:

@@ -17,7 +17,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 CHILD = "import json, sys, qft; qft.train(json.loads(sys.argv[1]))"
 RESULT = Path(__file__).parent / "results" / "kill_resume-cpu.json"
 

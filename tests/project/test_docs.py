@@ -18,21 +18,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def _generate():
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "tools" / "docs" / "generate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_capability_matrix_is_fresh():
-    """`python docs/generate.py` writes it; edit a flag and this fails until it is run."""
+    """`python tools/docs/generate.py` writes it; edit a flag and this fails until it is run."""
     assert (ROOT / "docs" / "capabilities.md").read_text() == _generate().page()
 
 
 def test_reference_pages_are_fresh():
     """A docstring, an option or a public name that changes makes them stale."""
     for path, text in _generate().generated().items():
-        assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: run 'python docs/generate.py'"
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: run 'python tools/docs/generate.py'"
 
 
 def test_the_reference_names_everything():

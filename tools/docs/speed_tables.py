@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LABELS = {
     "hand": "by hand: PEFT, bitsandbytes NF4, autocast",
     "hand-bf16": "by hand, nothing upcast, bf16 adapters",

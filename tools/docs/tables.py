@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 INITS = ("zero", "loftq", "loftq:steps=5", "qera", "qera-full", "pissa", "olora")
 NAMES = {
     "nf4": "NF4",

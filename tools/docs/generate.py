@@ -22,9 +22,10 @@ import reference
 import speed_tables
 import tables
 
-PAGE = Path(__file__).with_name("capabilities.md")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "capabilities.md"
 FIGURES = tuple(
-    Path(__file__).with_name(name)
+    DOCS / name
     for name in (
         "how_to_start.md", "backends.md", "speed.md", "methods.md", "memory.md", "which_quantizer.md", "concepts.md",
         "fit_memory.md", "merging.md", "auto.md", "from_peft.md",
@@ -34,7 +35,7 @@ TABLES = tables.TABLES | speed_tables.TABLES | memory_tables.TABLES | guide_tabl
 DECLARED = tuple(field.name for field in dataclasses.fields(Capabilities))
 HEAD = """# What each quantizer can do
 
-Written by `python docs/generate.py` from `qft.capabilities(name)`; do not edit it. The flags are those of each name's
+Written by `python tools/docs/generate.py` from `qft.capabilities(name)`; do not edit it. The flags are those of each name's
 default options. Support is derived, never declared twice: what the second table says follows from the first.
 """
 
@@ -108,7 +109,7 @@ def main() -> None:
         if not check:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
-            sys.exit(f"docs/{path.name} is stale: run 'python docs/generate.py'")
+            sys.exit(f"docs/{path.name} is stale: run 'python tools/docs/generate.py'")
 
 
 if __name__ == "__main__":

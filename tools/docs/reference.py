@@ -14,11 +14,11 @@ import qft_cli
 
 API_HEAD = """# Python API
 
-Written by `python docs/generate.py` from the docstrings of `qft.__all__`; do not edit it.
+Written by `python tools/docs/generate.py` from the docstrings of `qft.__all__`; do not edit it.
 """
 CLI_HEAD = """# Command line
 
-Written by `python docs/generate.py` from the verbs in `src/qft/cli/`; do not edit it. `qft VERB --help` says the same in
+Written by `python tools/docs/generate.py` from the verbs in `src/qft/cli/`; do not edit it. `qft VERB --help` says the same in
 the terminal. `qft --install-completion` installs tab completion for your shell.
 """
 GROUPS = {
