@@ -67,6 +67,7 @@ def app(only: str | None = None) -> typer.Typer:
 
 
 def main() -> None:
+    """Run the command, with the verb that the first word names."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # other libraries' advice to us, none of the user's business
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names kernels to fetch; qft bypasses them
@@ -103,7 +104,7 @@ def _load(file: Path) -> Callable[..., Any]:
 
 
 def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """qft's own warnings are one line, like its errors."""
+    """Print a warning of qft on one line, like its errors."""
     if category.__module__ == "qft.errors":
         print("qft: warning:", " ".join(str(message).split()), file=sys.stderr)
     else:

@@ -54,12 +54,22 @@ def check_folder(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def check_digests(folder: Path, note: dict[str, Any], prepared: Any) -> None:
+    """Refuse a folder whose run was over other data or another model.
+
+    Raises:
+        BadOption: what differs.
+    """
     changed = [k for k, v in prepared.digests.items() if note["digests"].get(k) != v]
     if changed:
         raise BadOption(f"out: {folder} holds a run over another {' and '.join(changed)}: choose another folder")
 
 
 def write_note(folder: Path, note: dict[str, Any]) -> None:
+    """Write the note of a call into its folder, which is made where it is missing.
+
+    Raises:
+        BadFolder: the folder cannot be written.
+    """
     from qft.core.files import write
 
     try:

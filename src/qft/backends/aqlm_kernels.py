@@ -32,7 +32,7 @@ _checked: set[Any] = set()
 
 
 def multiply(quantizer: Any, layer: PackedLinear, x: Tensor) -> Tensor:
-    """x Ŵᵀ + bias by the package's kernel for the device and format, differentiable in `x` and the bias.
+    """Compute x Ŵᵀ + bias by the package's kernel for the device and format, differentiable in `x` and the bias.
 
     The first result of each kernel and shape is held against the dequantized weight's.
 

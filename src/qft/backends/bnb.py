@@ -348,7 +348,7 @@ class BitsAndBytes8bit(_BitsAndBytes):
         return "bitsandbytes computes int8 layers with one input feature wrongly" if shape[-1] == 1 else None
 
     def for_experts(self) -> TensorQuantizer:
-        """quanto's int8, a scale a row as here, in the weight's dtype; bitsandbytes has no layer for experts."""
+        """Return quanto's int8, a scale a row as here, in the weight's dtype; bitsandbytes has no layer for experts."""
         from qft.backends.quanto import Quanto
 
         return Quanto(format="int8")

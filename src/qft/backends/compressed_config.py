@@ -77,7 +77,7 @@ def _weights(given: Any, layout: Any) -> dict[str, Any]:
 
 
 def written(layout: str, weights: Mapping[str, Any], skipped: Sequence[str]) -> Any | None:
-    """transformers' config object for linear layers with these weights, where compressed-tensors is installed.
+    """Make transformers' config object for linear layers with these weights, where compressed-tensors is installed.
 
     Args:
         weights: compressed-tensors' `QuantizationArgs`.

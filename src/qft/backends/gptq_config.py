@@ -67,7 +67,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written(quantizer: GPTQ, quantized: Sequence[str], skipped: Sequence[str]) -> Any | None:
-    """transformers' `GPTQConfig` for a model whose `quantized` linear layers are, and `skipped` ones are not.
+    """Make transformers' `GPTQConfig` for a model whose `quantized` linear layers are, and `skipped` ones are not.
 
     transformers replaces the linear layers of one stack of blocks, all of them or those whose names end as listed.
     None where that cannot say which they are: it would draw the others' weights at random.

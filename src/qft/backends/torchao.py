@@ -222,7 +222,7 @@ class TorchAO(Quantizer):
 
     @torch.no_grad()
     def _quantized(self, weight: Tensor) -> Tensor:
-        """torchao's tensor of a float weight."""
+        """Make torchao's tensor of a float weight."""
         ao = package()
         if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             weight = weight.float()
@@ -304,7 +304,7 @@ class TorchAO(Quantizer):
     # ---- torchao's and transformers' configs -------------------------------------------------------------
 
     def _config(self, device: str) -> Any:
-        """torchao's own config object."""
+        """Make torchao's own config object."""
         ao = package()
         size = self.group_size
         granularity: Any = ao.PerGroup(size) if size and size > 0 else ao.PerRow()

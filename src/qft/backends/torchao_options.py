@@ -128,16 +128,19 @@ def check_folder(folder: Path) -> None:
 
 
 def package() -> Any:
+    """Import `torchao.quantization`."""
     return quiet_import("torchao.quantization")
 
 
 def to_nf4(weight: Tensor, block: int, scaler_block: int) -> Tensor:
+    """Quantize a weight to torchao's NF4 tensor, wherever the installed version keeps the function."""
     ao = package()
     make = getattr(ao, "to_nf4", None) or quiet_import("torchao.dtypes.nf4tensor").to_nf4
     return make(weight, block, scaler_block)
 
 
 def older_than(version: str) -> bool:
+    """Return whether the installed torchao is older than a version."""
     from packaging.version import Version
 
     try:
@@ -147,6 +150,7 @@ def older_than(version: str) -> bool:
 
 
 def int4_config(size: int, packing: str) -> Any:
+    """Make the config of weight-only int4 for a group size and a packing format."""
     return package().Int4WeightOnlyConfig(group_size=size, int4_packing_format=packing, set_inductor_config=False)
 
 

@@ -272,7 +272,7 @@ def _batches(sequences: Tensor, steps: int, batch_size: int, seed: int) -> list[
 
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: Tensor, label: str | None = None) -> float:
-    """exp of the mean next-token loss over `windows` (count, length), each window read alone."""
+    """Compute exp of the mean next-token loss over `windows` (count, length), each window read alone."""
     model.eval()
     device = next(model.parameters()).device
     losses = []

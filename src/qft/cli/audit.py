@@ -1,4 +1,4 @@
-"""`qft audit`"""
+"""The verb `qft audit`."""
 
 from __future__ import annotations
 

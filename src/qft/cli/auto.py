@@ -1,4 +1,4 @@
-"""`qft auto`"""
+"""The verb `qft auto`."""
 
 from __future__ import annotations
 

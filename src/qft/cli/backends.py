@@ -1,4 +1,4 @@
-"""`qft backends`"""
+"""The verb `qft backends`."""
 
 from __future__ import annotations
 

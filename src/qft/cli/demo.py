@@ -1,4 +1,4 @@
-"""`qft demo`"""
+"""The verb `qft demo`."""
 
 from __future__ import annotations
 

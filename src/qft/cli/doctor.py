@@ -1,4 +1,4 @@
-"""`qft doctor`"""
+"""The verb `qft doctor`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qft eval`"""
+"""The verb `qft eval`."""
 
 from __future__ import annotations
 

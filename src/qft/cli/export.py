@@ -1,4 +1,4 @@
-"""`qft export`"""
+"""The verb `qft export`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from qft_cli import AsJson, Base, Device, DryRun, FloatDtype, Original, Overwrit
 
 
 class Format(StrEnum):
+    """What `qft export` writes."""
+
     safetensors = "safetensors"
     gguf = "gguf"
 

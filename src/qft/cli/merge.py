@@ -1,4 +1,4 @@
-"""`qft merge`"""
+"""The verb `qft merge`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from qft_cli import AsJson, Base, Device, DryRun, FloatDtype, Original, Overwrit
 
 
 class Into(StrEnum):
+    """What `qft merge` merges into."""
+
     float = "float"
     quantized = "quantized"
 

@@ -1,4 +1,4 @@
-"""`qft plan`"""
+"""The verb `qft plan`."""
 
 from __future__ import annotations
 

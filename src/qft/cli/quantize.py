@@ -1,4 +1,4 @@
-"""`qft quantize`"""
+"""The verb `qft quantize`."""
 
 from __future__ import annotations
 

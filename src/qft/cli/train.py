@@ -1,4 +1,4 @@
-"""`qft train`"""
+"""The verb `qft train`."""
 
 from __future__ import annotations
 

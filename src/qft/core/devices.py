@@ -53,8 +53,11 @@ def default_device() -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process can still allocate on a device: what is free, what torch holds there without using it, and
-    no more than `torch.cuda.set_per_process_memory_fraction` leaves."""
+    """Return the bytes that this process can still allocate on a device.
+
+    They are what is free and what torch holds there unused, and no more than
+    `torch.cuda.set_per_process_memory_fraction` leaves.
+    """
     if device.type == "cuda":
         if device.index is None:  # not all of torch's questions take "cuda"
             device = torch.device("cuda", torch.cuda.current_device())

@@ -50,8 +50,11 @@ def bare_state_dict(base: nn.Module, stored: bool = False) -> dict[str, torch.Te
 
 
 def _undo_rescaling(base: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Give the tensors of RWKV as they are in training: its model divides weights in place in evaluation, and a model that
-    is loaded would divide them again. The factors are powers of two, so nothing is lost."""
+    """Give the tensors of RWKV as they are in training.
+
+    Its model divides weights in place in evaluation, and a model that is loaded would divide them again. The factors are
+    powers of two, so nothing is lost.
+    """
     for name, module in bare_layers(base):
         every = getattr(getattr(module, "config", None), "rescale_every", 0)
         if not hasattr(module, "_rescale_layers") or not getattr(module, "layers_are_rescaled", False) or not every:

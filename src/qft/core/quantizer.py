@@ -335,10 +335,9 @@ class Quantizer(ABC):
         return None
 
     def as_packed(self, module: nn.Module) -> nn.Module | None:
-        """The weight of one of this backend's own layers as a `PackedLinear` of `for_experts()`; nothing is copied where
-        the layout is the same.
+        """Return the weight of one of this backend's own layers as a `PackedLinear` of `for_experts()`.
 
-        Models with fused experts are stored so: the backend's own files have no place for packed experts. None where
+        Nothing is copied where the layout is the same. Models with fused experts are stored so: the backend's own files have no place for packed experts. None where
         there is no such form.
         """
         return None
@@ -348,7 +347,7 @@ class Quantizer(ABC):
         return True
 
     def transformers_config(self, skipped: list[str], dtype: torch.dtype | None) -> Any | None:
-        """transformers' own config object for a model in this format, where there is one, else None.
+        """Return transformers' own config object for a model in this format, where there is one, else None.
 
         Args:
             skipped: names of the linear layers that are not quantized.

@@ -62,7 +62,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def record_of(model: nn.Module) -> Record | None:
-    """qft's note on a model, or None.
+    """Return the record that qft keeps on a model, or None.
 
     Raises:
         PartlyQuantized: an earlier run was interrupted halfway.

@@ -1,5 +1,7 @@
-"""Which weights are quantized: linear layers and fused experts. Heads, tied weights, routers and what a model keeps in
-float32 are not."""
+"""Select the weights to quantize.
+
+Linear layers and fused experts are quantized. Heads, tied weights, routers and what a model keeps in float32 are not.
+"""
 
 from __future__ import annotations
 

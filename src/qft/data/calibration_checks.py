@@ -120,4 +120,5 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def is_encoder_decoder(model: nn.Module | None) -> bool:
+    """Return whether the model's config says that it is an encoder-decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -122,6 +122,12 @@ def _counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def watch(layer: nn.Module, sums: Accumulator) -> list[Any]:
+    """Add the inputs of a layer to `sums` in every forward pass.
+
+    Returns:
+        The handles of the hooks.
+    """
+
     def read(module: nn.Module, args: Any, kwargs: Any) -> None:
         x = _input(args, kwargs)
         if x is not None:

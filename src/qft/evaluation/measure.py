@@ -161,8 +161,12 @@ def _progress(parts: Iterable[tuple[bool, list[Sequence]]], total: int, shown: b
 
 
 def _batch(sequences: list[Sequence]) -> tuple[Batch, Tensor, Tensor]:
-    """Padded on the right: the forward's arguments, which positions' logits count, (batch, length), and what they should
-    have predicted, (tokens,)."""
+    """Pad sequences on the right.
+
+    Returns:
+        The arguments of the forward pass; which positions' logits count, (batch, length); and what they should have
+        predicted, (tokens,).
+    """
     ids, mask = _padded([s.ids for s in sequences])
     batch = {"input_ids": ids, "attention_mask": mask}
     if sequences[0].decoder is not None:

@@ -55,7 +55,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the mean next-token loss, each predicted token weighing the same."""
+        """Return exp of the mean next-token loss, each predicted token weighing the same."""
         return None if self.score is None else self.score.perplexity
 
     @property

@@ -276,8 +276,11 @@ class Merging:
             ) from error
 
     def _group_shift(self, names: list[str], handle: QuantizedWeight) -> Tensor | None:
-        """What these adapters add to each of the quantizer's groups, (out_features, groups) in float32; None where
-        that is not one number a group."""
+        """Return what these adapters add to each of the quantizer's groups.
+
+        Returns:
+            (out_features, groups) in float32; None where that is not one number for each group.
+        """
         size = self.quantizer.group_size_of(handle) if self.quantizer.capabilities.exact_merge else None
         if size is None:
             return None

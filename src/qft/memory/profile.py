@@ -34,6 +34,7 @@ _OUTSIDE = 0
 
 
 def rounded(nbytes: int) -> int:
+    """Round bytes up to the allocator's block size."""
     return -(-nbytes // ROUND) * ROUND
 
 

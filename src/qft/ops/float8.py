@@ -35,13 +35,13 @@ def rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_product(codes: Tensor, scale: Tensor, layer: Sourced) -> Tensor:
-    """x Ŵᵀ, bfloat16 (n, out_features), for the `rows` of x."""
+    """Compute x Ŵᵀ, bfloat16 (n, out_features), for the `rows` of x."""
     weight, factor = _weight(layer, transposed=False)
     return _multiply(codes, scale, weight, factor)
 
 
 def gradient_product(g: Tensor, layer: Sourced) -> Tensor:
-    """g Ŵ, bfloat16 (n, in_features), for g (n, out_features)."""
+    """Compute g Ŵ, bfloat16 (n, in_features), for g (n, out_features)."""
     weight, factor = _weight(layer, transposed=True)
     codes, scale = kernels.float8_rows(g, factor)
     return _multiply(codes, scale, weight, _ones(len(weight), g.device))

@@ -57,7 +57,7 @@ def forward(
     layout: Layout,
     base: Tensor | None = None,
 ) -> Tensor:
-    """y (n, out_features) in the dtype of `x` (n, in_features); `products` are those of `inner`.
+    """Compute y (n, out_features) in the dtype of `x` (n, in_features); `products` are those of `inner`.
 
     `base` is x Ŵᵀ where that was computed in another way, in the place of `weight`; it is overwritten.
     """
@@ -127,7 +127,7 @@ def backward(
 
 
 def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """s A B, rounded once."""
+    """Compute s A B, rounded once."""
     return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
 
 

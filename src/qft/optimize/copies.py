@@ -65,4 +65,5 @@ def laid(flat: Tensor, offset: int, like: Tensor) -> Tensor:
 
 
 def aligned(nbytes: int) -> int:
+    """Round bytes up to the alignment of copies."""
     return -(-nbytes // ALIGNED) * ALIGNED

@@ -40,6 +40,7 @@ def wait_when_read(model: nn.Module) -> None:
 
 
 def wait_as_before(model: nn.Module) -> None:
+    """Take a model off the list for which optimizers skip waiting; without models, nothing is changed any more."""
     _models.discard(model)
     if not _models:
         while _hooks:

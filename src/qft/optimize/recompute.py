@@ -66,6 +66,7 @@ class Size:
 
 
 def rounded_up(n: int) -> int:
+    """Round a number up to one of eight steps between powers of two, so that similar sizes share a decision."""
     step = max(1, 2 ** (n.bit_length() - 1) // 8)
     return -(-n // step) * step
 

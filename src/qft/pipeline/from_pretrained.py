@@ -167,7 +167,7 @@ class Plan:
 
 
 def _check_complete(missing_keys: Iterable[str], targets: Collection[str]) -> None:
-    """transformers draws missing weights at random; those of layers that are to be quantized must be there."""
+    """Refuse missing weights, which transformers draws at random: those of layers that are to be quantized must be there."""
     missing = {key for key in missing_keys if key.rpartition(".")[0] in targets}
     if missing:
         raise BadFolder(f"the checkpoint lacks {len(missing)} weights of its own model, {min(missing)} first")
@@ -332,7 +332,10 @@ def _packed(path: str, cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _missing_codes(model: nn.Module, missing_keys: Iterable[str]) -> list[str]:
-    """transformers draws missing weights at random, with a note in its log; a random head may be wanted, codes never."""
+    """Return the missing weights of quantized layers.
+
+    transformers draws missing weights at random, with a note in its log. A random head may be wanted, codes never.
+    """
     owners = {n for n, m in model.named_modules() if quantizer_of(m) is not None}
     return [key for key in missing_keys if key.rpartition(".")[0] in owners]
 

@@ -131,6 +131,7 @@ def _adapter(adapter: PeftConfig | None) -> PeftConfig:
 
 
 def is_lora(adapter: PeftConfig) -> bool:
+    """Return whether an adapter config is of LoRA itself."""
     return adapter.peft_type == PeftType.LORA  # AdaLoRA's config is a subclass of LoraConfig
 
 

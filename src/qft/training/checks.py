@@ -222,6 +222,7 @@ def _bare(text: str) -> str:
 
 
 def shortened(text: str, length: int = 60) -> str:
+    """Cut a text for a message."""
     return text if len(text) <= length else f"{text[:length]}..."
 
 

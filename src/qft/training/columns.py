@@ -217,6 +217,11 @@ def _kind(label: Any, name: str) -> str:
 
 
 def text_of(row: dict[str, Any], column: str, empty: bool = False) -> str:
+    """Return the text in a column of a row.
+
+    Raises:
+        Unusable: it is missing, not text, or empty.
+    """
     value = row.get(column)
     if not isinstance(value, str):
         raise Unusable(f"{column!r} is {'missing' if value is None else f'{type(value).__name__}, not text'}")

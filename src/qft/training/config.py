@@ -235,6 +235,7 @@ class TrainConfig:
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:
+    """Return the fields of `TrainConfig` by name."""
     return {f.name: f for f in dataclasses.fields(TrainConfig)}
 
 

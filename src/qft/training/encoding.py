@@ -213,6 +213,11 @@ def classification(tokenizer: Any, config: TrainConfig, names: Sequence[str]) ->
 
 
 def messages_of(row: dict[str, Any], config: TrainConfig, *, flatten: bool = True) -> list[dict[str, Any]]:
+    """Return the conversation of a row in the normal form, with its system prompt.
+
+    Raises:
+        Unusable: it is not a conversation.
+    """
     found = checked_messages(row.get(config.messages_column), config.messages_column, flatten=flatten)
     return with_system(found, row)
 

@@ -38,6 +38,7 @@ def adapter_of(prepared: Prepared) -> Any:
 
 
 def float_dtype(prepared: Prepared) -> torch.dtype:
+    """Choose the dtype of the float weights by config and device."""
     config, device = prepared.config, prepared.device
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
@@ -47,11 +48,12 @@ def float_dtype(prepared: Prepared) -> torch.dtype:
 
 
 def has_bf16(device: torch.device) -> bool:
+    """Return whether the device calculates in bfloat16 without emulation."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast_dtype(prepared: Prepared) -> str:
-    """ "bf16", "fp16" or "no"."""
+    """Return the dtype of autocast: "bf16", "fp16" or "no"."""
     config, device = prepared.config, prepared.device
     if config.mixed_precision != "auto":
         return config.mixed_precision
@@ -76,6 +78,7 @@ def attention(prepared: Prepared) -> str | None:
 
 
 def optimizes(prepared: Prepared) -> bool:
+    """Return whether the run goes through `qft.optimize_training`."""
     config = prepared.config
     return config.optimize == "yes" or (
         config.optimize == "auto" and prepared.device.type == "cuda" and prepared.task == "causal-lm"

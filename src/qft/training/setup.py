@@ -257,10 +257,12 @@ def _check_names(config: TrainConfig, device: torch.device) -> None:
 
 
 def optimizer_name(config: TrainConfig) -> str:
+    """Return transformers' name of the optimizer."""
     return OPTIMIZERS.get(config.optimizer, config.optimizer)
 
 
 def has_tensorboard() -> bool:
+    """Return whether a writer of TensorBoard events is installed."""
     return any(importlib.util.find_spec(name) is not None for name in ("tensorboard", "tensorboardX"))
 
 

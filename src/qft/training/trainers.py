@@ -89,7 +89,7 @@ class Whole:
             return {}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """qft writes its own, where it exports."""
+        """Write nothing: qft writes its own card where it exports."""
 
 
 def _cannot_write(error: Exception) -> bool:

@@ -96,7 +96,7 @@ class InitRun:
         self.model, self.ranks = model, targeted(model, self.config)
 
     def rank_and_scaling(self, name: str) -> tuple[int, float] | None:
-        """r and s of the adapter on this layer, or None where there is none."""
+        """Return r and s of the adapter on this layer, or None where there is none."""
         from peft.utils.other import get_pattern_key
 
         config, rank = self.config, self.ranks.get(name)

@@ -114,8 +114,10 @@ class _Meter:
 
 
 def compared(reference: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each token's KL(reference ‖ other) in nats, mean squared difference of the logits, and whether the first choice is
-    the same; in pieces, in bounded memory.
+    """Compare two models' logits token by token, in pieces, in bounded memory.
+
+    For each token: KL(reference ‖ other) in nats, the mean squared difference of the logits, and whether the first choice
+    is the same.
 
     Args:
         reference, other: logits of the same tokens, (tokens, vocabulary), on any devices.

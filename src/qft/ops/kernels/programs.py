@@ -385,7 +385,7 @@ def round_with_feedback(
 
 @triton.jit
 def _logit(x, scale, cap, CAP: tl.constexpr):
-    """scale · x, or cap · tanh(scale · x / cap), and its derivative by x."""
+    """Compute scale · x, or cap · tanh(scale · x / cap), and its derivative by x."""
     if CAP:
         share = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * (x * scale / cap)))
         return share * cap, (1.0 - share * share) * scale
