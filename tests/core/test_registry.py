@@ -434,7 +434,7 @@ def test_import_and_listing_load_no_backend():
             del sys.modules[name]
         import qft
         backends = sorted(n for n in sys.modules if n.startswith("qft.backends."))
-        assert backends == ["qft.core.unquantized"], backends
+        assert backends == [], backends
         assert "qft.testing" not in sys.modules and "qft.cli._demo" not in sys.modules
         infos = qft.available_quantizers()
         assert infos["nf4"].state == "ready"

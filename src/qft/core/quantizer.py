@@ -337,8 +337,8 @@ class Quantizer(ABC):
     def as_packed(self, module: nn.Module) -> nn.Module | None:
         """Return the weight of one of this backend's own layers as a `PackedLinear` of `for_experts()`.
 
-        Nothing is copied where the layout is the same. Models with fused experts are stored so: the backend's own files have no place for packed experts. None where
-        there is no such form.
+        Nothing is copied where the layout is the same. Models with fused experts are stored so, because the backend's own
+        files have no place for packed experts. None where there is no such form.
         """
         return None
 
