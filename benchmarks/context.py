@@ -245,7 +245,7 @@ def planned(model: Any, name: str, length: int) -> int:
     asks = planned.__dict__.setdefault("asks", None)
     if asks is None:
         away = object() if offloads(name) else None
-        plan = blocks.Plan(compiles=fast, loss=object() if fast else None, checkpoints=away)  # type: ignore[arg-type]
+        plan = blocks.BlockPlan(compiles=fast, loss=object() if fast else None, checkpoints=away)  # type: ignore[arg-type]
         asks = planned.__dict__["asks"] = recompute.Chooser("auto", model.get_base_model(), plan)
     used = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     return used + asks._adds(recompute.Size(1, length, False, not fast), 0)

@@ -83,7 +83,7 @@ def kept(model):
 
 def needs(model, given, count):
     """Bytes that a device must have for so many blocks to keep theirs, by the plan of the model in memory."""
-    probe = recompute.Chooser("auto", model.get_base_model(), optimize._blocks.Plan(compiles=False, loss=True))
+    probe = recompute.Chooser("auto", model.get_base_model(), optimize._blocks.BlockPlan(compiles=False, loss=True))
     size = recompute.Size(*given.shape, False, False)
     return int(probe._adds(size, count) * (1 + recompute.SLACK)) + 1
 

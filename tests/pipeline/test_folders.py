@@ -354,26 +354,28 @@ def test_nan_in_a_shard_is_refused_by_name(llama_folder, spec, value):
 
 def test_a_refusal_ends_the_load_at_once(llama_folder, monkeypatch):
     """The first bad weight ends it: transformers on its own would go on through every shard, and report at the end."""
-    from qft.pipeline.from_pretrained import Plan
+    from qft.pipeline.from_pretrained import LoadingPlan
 
     def poison(tensors):
         tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
 
     change(llama_folder, "model.layers.0.mlp.down_proj.weight", poison)
-    arrived, before = [], Plan._arrive
-    monkeypatch.setattr(Plan, "_arrive", lambda self, m, name, v: (arrived.append(name), before(self, m, name, v)))
+    arrived, before = [], LoadingPlan._arrive
+    monkeypatch.setattr(
+        LoadingPlan, "_arrive", lambda self, m, name, v: (arrived.append(name), before(self, m, name, v))
+    )
     with pytest.raises(NonFiniteWeights):
         qft.quantize(llama_folder, "nf4", progress=False)
     assert arrived[-1] == "model.layers.0.mlp.down_proj" and len(arrived) < 14
 
 
 def test_interrupting_a_load_is_an_interrupt(llama_folder, monkeypatch):
-    from qft.pipeline.from_pretrained import Plan
+    from qft.pipeline.from_pretrained import LoadingPlan
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Plan, "_arrive", interrupt)
+    monkeypatch.setattr(LoadingPlan, "_arrive", interrupt)
     with pytest.raises(KeyboardInterrupt):
         qft.quantize(llama_folder, "nf4", progress=False)
 

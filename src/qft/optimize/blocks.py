@@ -37,7 +37,7 @@ _NOT_FOR_BLOCKS = frozenset({"num_items_in_batch", "labels", "shift_labels"})
 
 
 @dataclass
-class Plan:
+class BlockPlan:
     """What the blocks of one model do: shared by all patches of it.
 
     Attributes:
@@ -65,7 +65,7 @@ class Plan:
 class BlocksForward(Patch):
     """Put on the owner of blocks: while it trains, transformers' own checkpoint and the cache are out of the way."""
 
-    def __init__(self, owner: nn.Module, blocks: Sequence[nn.Module], plan: Plan):
+    def __init__(self, owner: nn.Module, blocks: Sequence[nn.Module], plan: BlockPlan):
         super().__init__(owner)
         self.blocks, self.plan = list(blocks), plan
 
@@ -106,7 +106,7 @@ class BlocksForward(Patch):
 class BlockForward(Patch):
     """Put on one block: its own forward, compiled, recomputed or both while it trains."""
 
-    def __init__(self, block: nn.Module, index: int, plan: Plan):
+    def __init__(self, block: nn.Module, index: int, plan: BlockPlan):
         super().__init__(block)
         self.index, self.plan = index, plan
         self._signature: tuple[Any, ...] | None = None
@@ -189,7 +189,7 @@ _numbers = itertools.count()
 class Kind:
     """Blocks that share compiled code."""
 
-    def __init__(self, name: str, recompute: bool, plan: Plan):
+    def __init__(self, name: str, recompute: bool, plan: BlockPlan):
         self.name, self.compiles, self.backend = name, plan.compiles, plan.backend
         self.function = _recomputed if recompute else _straight
         self.whole = True

@@ -125,7 +125,7 @@ def optimize_training(
     if not owners:
         _warn(f"{type(inner).__name__} has no repeated blocks that qft can find: its layers are not compiled")
         return model
-    plan = _blocks.Plan(
+    plan = _blocks.BlockPlan(
         compiles=_compiles(device),
         backend=switches.backend,
         keeps=keeps,
@@ -156,7 +156,7 @@ def unoptimize(model: nn.Module) -> nn.Module:
 def _remove(model: nn.Module, back: bool) -> nn.Module:
     """`unoptimize`, with offloaded weights going `back` to the device or not."""
     wait_as_before(model)
-    plans: dict[int, _blocks.Plan] = {}
+    plans: dict[int, _blocks.BlockPlan] = {}
     for module in model.modules():
         patch = module.__dict__.get("forward")
         if isinstance(patch, _blocks.BlockForward):

@@ -19,7 +19,7 @@ from qft.optimize.optimizers import has_states
 
 if TYPE_CHECKING:
     from qft.memory.estimate import Estimate
-    from qft.optimize.blocks import Plan
+    from qft.optimize.blocks import BlockPlan
 
 LATER = OUTSIDE // 4
 """What CUDA may still load beside what it has loaded already: kernels of a first step."""
@@ -89,7 +89,7 @@ class Chooser:
         plan: what its blocks do.
     """
 
-    def __init__(self, memory: str, model: nn.Module, plan: Plan):
+    def __init__(self, memory: str, model: nn.Module, plan: BlockPlan):
         self.memory, self.model, self.plan = memory, model, plan
         self._forget()
 

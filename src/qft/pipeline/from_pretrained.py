@@ -36,7 +36,7 @@ class _Stop(BaseException):
     """Ends a load at once: transformers collects every `Exception` of a conversion, and goes on to the end."""
 
 
-class Plan:
+class LoadingPlan:
     """How to quantize a model while transformers streams its weights in."""
 
     def __init__(
@@ -203,7 +203,7 @@ WITHOUT_ADAPTER = {"subfolder": ".no-adapter"}
 
 def load_quantized(
     path: str,
-    plan: Plan | None,
+    plan: LoadingPlan | None,
     device: torch.device | None,
     progress: bool,
     needed: Callable[[nn.Module], Collection[str]] | None = None,

@@ -38,7 +38,7 @@ from qft.errors import (
     about,
 )
 from qft.pipeline.audit.measure import audit
-from qft.pipeline.from_pretrained import Plan, load_quantized, stored_quantization
+from qft.pipeline.from_pretrained import LoadingPlan, load_quantized, stored_quantization
 
 Prepare = Callable[[nn.Module, Iterable[str]], None]
 Needs = Callable[[], Mapping[str, StatisticsKind]]
@@ -373,7 +373,7 @@ def _quantize_path(
             **options,
         )
         return _quantize_in_memory(model, spec, skip, device, progress, on_weight, prepare, data)
-    plan = None if stored else Plan(spec.quantizers, skip, on_weight, prepare)
+    plan = None if stored else LoadingPlan(spec.quantizers, skip, on_weight, prepare)
     if plan is not None:
         for q in {q for q in spec.quantizers.values() if q is not None}:
             q.on_device(device)

@@ -28,7 +28,7 @@ from qft.lora.merging.report import MergeReport
 from qft.lora.model import QftLoraModel, all_or_nothing
 from qft.lora.view_merging import ViewMerging, available
 
-Plan = list[tuple[str, Any, list[str]]]
+MergePlan = list[tuple[str, Any, list[str]]]
 """Layers by the name of the weight that they adapt, with the adapters to merge."""
 
 
@@ -132,7 +132,7 @@ def merge(model: nn.Module, *, original: Any = None, data: Any = None, tokenizer
     method = _other_method(model)
     if method is not None and original is not None:
         raise UnsupportedOperation(f"original= is for LoRA adapters, and these are {method}: leave it out")
-    plan: Plan = [(n, m, [a for a in _active(m) if a not in m.merged_adapters]) for n, m in _all_layers(model)]
+    plan: MergePlan = [(n, m, [a for a in _active(m) if a not in m.merged_adapters]) for n, m in _all_layers(model)]
     if original is not None or data is not None:
         _require_plain_state(plan)
     check_shared_modules(base)
@@ -180,7 +180,7 @@ def _source(originals: Originals | None, name: str, layer: Any) -> Tensor | None
     return originals.like(name, layer.quantizer.dequantize(layer.handle, dtype=torch.float32))
 
 
-def _require_plain_state(plan: Plan) -> None:
+def _require_plain_state(plan: MergePlan) -> None:
     if any(layer.merged for _, layer, _ in plan):
         raise BadOption(
             "adapters are merged already, and original= and data= start from the unmerged model: call qft.unmerge(model)"
