@@ -373,7 +373,7 @@ def test_a_large_drift_is_not_recommended():
     report = qft.merge(model, data=[batch(0, (2, 16))])
     if report.drift.kl > 0.05:
         assert "keep this merge" not in report.recommendation and "KL" in report.recommendation
-    report.routes["dequantized"] = qft.lora.merging.merge.Drift(0.2, 0.5, 10)
+    report.routes["dequantized"] = qft.lora.merging.drift.Drift(0.2, 0.5, 10)
     assert "keep this merge" not in report.recommendation and "0.2" in report.recommendation
 
 

@@ -853,7 +853,7 @@ def test_a_save_whose_process_is_killed_leaves_the_old_files_and_the_next_one_cl
     qft.save(model, folder)
     before = files(folder)
     path = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(Path(__file__).parents[1] / "support")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert files(folder) == before
