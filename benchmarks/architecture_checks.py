@@ -55,27 +55,26 @@ class Case:
             made = {"pixel_values": torch.randn(shape, generator=g), "labels": torch.tensor([0, 2])}
         elif self.task == "speech-seq2seq":
             main = getattr(model, "main_input_name", "input_features")
-            bins = next(
-                (
-                    getattr(self.config, k)
-                    for k in ("num_mel_bins", "input_feat_per_channel", "feature_size")
-                    if getattr(self.config, k, None)
-                ),
-                80,
-            )
+            bins = _feature_size(self.config.to_dict())
+            if main == "input_ids":  # a language model with sound as an addition
+                return self._text(model, ids)
             if main == "input_values":
                 made = {main: torch.randn(2, 4000, generator=g)}
             elif self.config.model_type == "whisper":
                 made = {main: torch.randn(2, bins, 2 * self.config.max_source_positions, generator=g)}
             else:
                 made = {main: torch.randn(2, 64, bins, generator=g)}
-            made["labels"] = ids[:, :8]
+            made["labels"] = ids[:, :8].contiguous()
         else:
             labels = {"sequence-classification": torch.tensor([0, 2]), "token-classification": ids % 3}
             made = {"input_ids": ids, "labels": labels.get(self.task, ids)}
         made = {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in made.items()}
         if self.task in ("seq2seq", "speech-seq2seq"):
             return made
+        return made | ({"use_cache": False} if "use_cache" in self._parameters(model) else {})
+
+    def _text(self, model: Any, ids: Tensor) -> dict[str, Any]:
+        made: dict[str, Any] = {"input_ids": ids.to(self.device), "labels": ids.to(self.device)}
         return made | ({"use_cache": False} if "use_cache" in self._parameters(model) else {})
 
     @staticmethod
@@ -105,6 +104,15 @@ class Case:
                 if "lora_" in name:
                     p.copy_(0.05 * torch.randn(p.shape, generator=g))
         return model.eval()
+
+
+def _feature_size(config: dict[str, Any]) -> int:
+    """Features of a frame of sound, as a config or one in it says; 80 where none does."""
+    for key in ("num_mel_bins", "input_feat_per_channel", "feature_size", "feature_projection_input_dim", "input_dim"):
+        if isinstance(config.get(key), int):
+            return config[key]
+    inner = [_feature_size(v) for k, v in config.items() if isinstance(v, dict) and k.endswith("_config")]
+    return next((n for n in inner if n != 80), 80)
 
 
 def _given(config: Any) -> dict[str, Any]:

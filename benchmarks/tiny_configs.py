@@ -106,9 +106,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """What the fields' names do not say, by model type."""
 
 
-NOT_TINY = {
-    "VibeVoiceAsrForConditionalGeneration": "its acoustic codec takes minutes at any size that its config allows"
-}
+_CODEC = "its acoustic codec takes minutes at any size that its config allows"
+NOT_TINY = {"VibeVoiceAsrForConditionalGeneration": _CODEC, "VibeVoiceForConditionalGeneration": _CODEC}
 """Classes that are left out, with the reason."""
 
 
@@ -208,7 +207,8 @@ def tiny_config(config_class: type, task: str) -> Any:
     fields.setdefault("pad_token_id", 0)
     if fields["pad_token_id"] is None:
         fields["pad_token_id"] = 0
-    if task == "seq2seq" and fields.get("decoder_start_token_id") is None:
+    encodes = task in ("seq2seq", "speech-seq2seq") or fields.get("is_encoder_decoder")
+    if encodes and fields.get("decoder_start_token_id") is None:
         fields["decoder_start_token_id"] = 0
     if task.endswith("classification"):
         fields["num_labels"] = 3
