@@ -242,7 +242,7 @@ def test_text_that_went_through_a_template_has_each_special_token_once(tmp_path,
     assert learnt(found.train.rows[0]["labels"], tok) == expected
     (counted,) = sequences(evaluation_rows([row]), tok, length=99)
     assert counted.ids == ids
-    (batch,) = qft.calibration.batches([said], tok)
+    (batch,) = qft.data.calibration.batches([said], tok)
     assert batch["input_ids"].tolist() == [ids]
     plain = prepared(str(folder), tmp_path, [{"text": "xy"}]).train.rows[0]["input_ids"]
     assert tok.decode(plain) == "</s>xy<|im_end|>"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qft.core import record
-from qft.core.configs import check_model_config
+from qft.core.configs import check_model_config, read_json_object
 from qft.core.console import one_line
 from qft.core.quantizer import Quantizer, float_weight
 from qft.core.registry import parse_spec
@@ -47,7 +47,7 @@ def hollow(source: Any, dtype: torch.dtype | None) -> nn.Module:
     elif isinstance(source, PretrainedConfig):
         config = source
     elif isinstance(source, str | os.PathLike):
-        config = read_config(os.fspath(source), {"local_files_only": True})
+        config = _read_config(os.fspath(source))
     else:
         raise BadOption(f"give a model, a config of transformers or a folder, not a {type(source).__name__}")
     if getattr(config, "is_encoder_decoder", False):
@@ -72,6 +72,23 @@ def hollow(source: Any, dtype: torch.dtype | None) -> nn.Module:
         raise BadFolder(
             f"no model can be built from the config of {where} ({type(error).__name__}: {one_line(error)})"
         ) from error
+
+
+def _read_config(path: str) -> Any:
+    """Read the config of a folder, or of a JSON file that holds one.
+
+    Raises:
+        BadFolder: there is none, or it cannot be read.
+    """
+    if not os.path.isfile(path):
+        return read_config(path, {"local_files_only": True})
+    from transformers import AutoConfig
+
+    check_model_config(read_json_object(path), path)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # of many kinds, by the field
+        raise BadFolder(f"{path} is no model config that can be read: {one_line(error)}") from error
 
 
 @dataclass

@@ -256,14 +256,14 @@ def load_quantized(
         raise BadFolder(f"cannot load a model from {path}: {first_sentence(error)}") from error
     except Exception as error:
         raise BadFolder(f"cannot load a model from {path}: {first_sentence(error)}") from error
-    left = {} if plan is None else plan.selection.left
-    check_finite(model, except_for={name for name, reason in left.items() if reason == SKIPPED})
     if plan is not None:
         plan.finish(model, info["missing_keys"])
     elif missing := info["missing_keys"] if source is None else _missing_codes(model, info["missing_keys"]):
         raise BadFolder(f"{path} lacks {len(missing)} of the quantized model's weights, {min(missing)} first")
     elif needed is not None:
         _check_complete(info["missing_keys"], needed(model))
+    left = {} if plan is None else plan.selection.left
+    check_finite(model, except_for={name for name, reason in left.items() if reason == SKIPPED})
     if complete:
         check_tensors(path, info["missing_keys"], info["unexpected_keys"])
     return model
